@@ -1,0 +1,76 @@
+# make setup   .venv with everything that the other targets need (they call it; instant when nothing changed)
+# make demo    trains, exports and reads back a small model: runs/demo/report.html and runs/demo/results.json
+# make test    the whole test suite
+# make lint    ruff and mypy
+# make docs    README's table and picture from benchmarks/results/demo.json
+# make clean   removes what the targets above made
+#
+# Variables, given as `make setup NAME=value`:
+#   PYTHON       the Python that .venv is made from (3.10 or later)                        python3
+#   TORCH        what pip is asked to install as torch, index options included; it is      torch==2.13.0
+#                kept by later calls until another one is given
+#   EXTRAS       extras of pyproject.toml; add gpu or deepspeed on a machine for them      all,dev
+#   CONSTRAINTS  file of tested versions; empty for the newest that pyproject.toml allows  constraints.txt
+#   WORKERS      processes that run tests side by side; 0 runs them in pytest's own        2
+#   PYTEST_ARGS  passed on to pytest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/setup.done
+
+PYTHON ?= python3
+TORCH ?= $(or $(shell cat $(VENV)/setup.torch 2>/dev/null),torch==2.13.0)
+EXTRAS ?= all,dev
+CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+# What the stamp was made for. A moved checkout, a removed Python or another choice makes .venv stale.
+KEY := $(CURDIR) $(TORCH) $(EXTRAS) $(CONSTRAINTS)
+ifneq ($(KEY),$(shell cat $(STAMP) 2>/dev/null))
+$(STAMP): FORCE
+else ifneq (ok,$(shell $(BIN)/python -c 'print("ok")' 2>/dev/null))
+$(STAMP): FORCE
+endif
+
+.PHONY: help setup demo test lint docs clean FORCE
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+setup: $(STAMP)
+
+# Torch first and alone: later packages then keep the build that was chosen instead of replacing it.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make setup PYTHON=python3.x")'
+	if ! $(BIN)/python -c 'import sys, pip; sys.exit(sys.prefix != "$(CURDIR)/$(VENV)")' 2>/dev/null; \
+		then rm -rf $(VENV); $(PYTHON) -m venv $(VENV); fi
+	rm -f $(STAMP)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	grep -v '^torch==' $(or $(CONSTRAINTS),/dev/null) >$(VENV)/constraints.txt || true
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>$(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[$(EXTRAS)]'
+	echo '$(TORCH)' >$(VENV)/setup.torch
+	echo '$(KEY)' >$(STAMP)
+
+demo: setup
+	$(BIN)/python -m qat.tasks.demo
+
+# One thread per worker: more of them than cores only wait for each other.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests
+
+lint: setup
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+docs: setup
+	$(BIN)/python docs/readme_results.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs .mypy_cache .pytest_cache .ruff_cache .hypothesis lightning_logs wandb
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

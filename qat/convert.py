@@ -1,0 +1,213 @@
+"""`Bundle`: what leaves training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import ExportError, QATError
+from qat.layers import QATLayer, input_quantizer, weight_quantizers
+from qat.plan import Plan
+from qat.prepare import apply_schedule, full, prepare, qat_layers, remember_dtypes, whole_quantizer
+from qat.prepare import schedule_of
+from qat.qtensor import QTensor
+from qat.quantizers import Fields, Quantizer
+from qat.recipes import from_dict
+from qat.specs import QuantSpec
+from qat.state import CHILD, find_record, require_state
+
+
+class Bundle(Mapping[str, QTensor]):
+    """Parameter name -> QTensor, computed when asked for (one tensor in memory at a time), the rest beside it.
+
+    Names are relative to the module that a deployment format knows: the outermost one with a Hugging Face config, or
+    the prepared root. When weights are sharded every access is collective: all ranks go through the bundle in order.
+
+    module      that module (still prepared; never changed by an export)
+    config      its Hugging Face config, or None
+    tied        parameter name -> the name under which the same parameter is listed
+    inputs      layer name -> (spec, stored fields of a static range or None)
+    plan        the plan with the names of the prepared root; `prefix` is what to strip from them
+    recipe, step, weights   for the receipt; `weights` says which ones these are: last, best or ema
+    """
+
+    def __init__(self, model: nn.Module, weights: str = "last") -> None:
+        state = require_state(model)
+        root = next(name for name, module in model.named_modules() if module is state)[: -len(CHILD)]
+        inner, self.module = _deployed(model)
+        self.prefix = inner.removeprefix(root)
+        self.config: Any = getattr(self.module, "config", None) if _has_config(self.module) else None
+        self.plan: Plan = state.plan
+        self.recipe: dict[str, Any] = state.record.recipe
+        self.step: int = state.record.step
+        self.weights = weights
+        self._dtypes = {name.removeprefix(inner): dtypes for name, dtypes in state.record.dtypes.items()}
+        self._where: dict[str, tuple[QATLayer, str, Quantizer]] = {}
+        self.tied: dict[str, str] = {}
+        owners: dict[int, str] = {}
+        for name, layer in qat_layers(self.module).items():
+            for key, quantizer in weight_quantizers(layer).items():
+                parameter = f"{name}.{key}" if name else key
+                owner = owners.setdefault(id(layer._parameters[key]), parameter)
+                if owner == parameter:
+                    self._where[parameter] = (layer, key, quantizer)
+                else:
+                    self.tied[parameter] = owner
+
+    def __getitem__(self, name: str) -> QTensor:
+        layer, key, quantizer = self._where[name]
+        weight = layer._parameters[key]
+        assert weight is not None
+        latent, out = self.dtypes(name)
+        kept = quantizer.live_spec
+        try:
+            quantizer.set_bits(None)
+            with whole_quantizer(quantizer, latent):
+                return quantizer.integers(full(weight).to(latent), out)
+        except QATError as problem:
+            raise ExportError(f"{name}: {problem}") from None
+        finally:
+            quantizer.live_spec = kept
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def dtypes(self, name: str) -> tuple[torch.dtype, torch.dtype]:
+        """(dtype that the quantizer read, dtype that it gave) in the last quantized forward of the parameter's layer."""
+        layer, key, _ = self._where[name]
+        parameter = layer._parameters[key]
+        assert parameter is not None
+        known = self._dtypes.get(name.rpartition(".")[0])
+        if known is None:
+            return parameter.dtype, parameter.dtype
+        return getattr(torch, known[0]), getattr(torch, known[1])
+
+    def specs(self) -> dict[str, QuantSpec]:
+        """Parameter name -> spec, without computing a code."""
+        return {name: quantizer.spec for name, (_, _, quantizer) in self._where.items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape of the whole parameter."""
+        return {name: tuple(layer._parameters[key].shape) for name, (layer, key, _) in self._where.items()}  # type: ignore[union-attr]
+
+    @property
+    def inputs(self) -> dict[str, tuple[QuantSpec, Fields | None]]:
+        found: dict[str, tuple[QuantSpec, Fields | None]] = {}
+        for name, layer in qat_layers(self.module).items():
+            quantizer = input_quantizer(layer)
+            if quantizer is not None:
+                fields = None
+                if quantizer.static_activations:
+                    with whole_quantizer(quantizer), torch.no_grad():
+                        fields = quantizer.qparams(torch.zeros(1, 1, device=quantizer.scratch.device))  # type: ignore[union-attr]
+                found[name] = (quantizer.spec, fields)
+        return found
+
+    @property
+    def floats(self) -> Mapping[str, Tensor]:
+        """Everything else that the deployed model needs: parameters and persistent buffers that stay in float."""
+        return _Floats(self.module, {*self._where, *self.tied})
+
+
+class _Floats(Mapping[str, Tensor]):
+    """State-dict entries outside the quantizers, gathered when asked for; a tied parameter is listed under each name."""
+
+    def __init__(self, module: nn.Module, quantized: set[str]) -> None:
+        self._found: dict[str, Tensor] = {}
+        own = [name for name, child in module.named_modules() if isinstance(child, Quantizer) or name.endswith(CHILD)]
+        for name, value in module.state_dict(keep_vars=True).items():
+            ours = any(name.startswith(f"{prefix}.") for prefix in own)
+            if name not in quantized and not ours and isinstance(value, Tensor):
+                self._found[name] = value
+
+    def __getitem__(self, name: str) -> Tensor:
+        return full(self._found[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def _has_config(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "config", None), "model_type")
+
+
+def _deployed(model: nn.Module) -> tuple[str, nn.Module]:
+    """(prefix, module): the outermost module with a Hugging Face config, else the model itself."""
+    for name, module in model.named_modules():
+        if _has_config(module):
+            return (f"{name}." if name else ""), module
+    return "", model
+
+
+def convert(model: nn.Module, *, weights: str = "last", require_final: bool = True) -> Bundle:
+    """The trained integers of a prepared model, which is left as it is.
+
+    Raises QATError if the model is not prepared, and ExportError if (`require_final`) the schedule has not yet brought
+    the quantization fully on: such weights were not trained on the grid that would be packed.
+    """
+    state = require_state(model)
+    remember_dtypes(model)
+    if require_final and not apply_schedule(model).final:
+        first = schedule_of(model).first_final_step()
+        when = f"it is from step {first} on" if first is not None else "no phase of the recipe brings it fully on"
+        raise ExportError(f"at step {state.record.step} the quantization is not fully on ({when}); train on, then export")
+    return Bundle(model, weights)
+
+
+def load_from_checkpoint(path: str | PathLike[str], model: nn.Module) -> nn.Module:
+    """Prepare `model` with the recipe found in a checkpoint and load it; needs neither script nor callback.
+
+    `path` is a Lightning checkpoint or a plain state dict (read with weights_only=True); `model` is the same
+    architecture in float, or the part of it that a deployment needs: a Hugging Face model that the checkpoint holds under
+    `model.`, say. Returns a module that holds `model`. Raises QATError if they do not belong together.
+    """
+    if not Path(path).is_file():
+        raise QATError(f"there is no checkpoint file {path}; a folder of shards must be consolidated first")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:
+        raise QATError(f"{path} is not a checkpoint that can be read without running code: {problem}") from None
+    entries: dict[str, Any] = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    prefix, record = find_record(entries)
+    entries = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
+    holder = _holder(model, entries, path)
+    prepare(holder, from_dict(record.recipe), search=False)
+    wanted = holder.state_dict()
+    missing = [key for key in wanted if key not in entries]
+    if missing:
+        raise QATError(f"{path} lacks {len(missing)} entries that the model has, {missing[0]!r} for one")
+    try:
+        holder.load_state_dict({key: entries[key] for key in wanted})
+    except RuntimeError as problem:
+        raise QATError(f"{path} does not fit the model: {' '.join(str(problem).split())}") from None
+    apply_schedule(holder)
+    return holder
+
+
+def _holder(model: nn.Module, entries: dict[str, Any], path: str | PathLike[str]) -> nn.Module:
+    """`model` itself, or a plain module that holds it where the checkpoint does."""
+    sample = next((key for key, value in model.state_dict().items() if isinstance(value, Tensor)), "")
+    found = sorted({key[: -len(sample)] for key in entries if key.endswith(sample)}, key=len)
+    if not found:
+        raise QATError(f"{path} has no entry {sample!r}; is this the model that was trained?")
+    if found[0] == "":
+        return model
+    holder = nn.Module()
+    place = holder
+    *parents, last = found[0].rstrip(".").split(".")
+    for name in parents:
+        place.add_module(name, nn.Module())
+        place = place.get_submodule(name)
+    place.add_module(last, model)
+    return holder

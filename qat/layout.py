@@ -1,0 +1,71 @@
+"""How a parameter lies as a matrix of rows: one row per output channel, its inputs along the row.
+
+Every quantizer works on `[R, K]`: R output channels, K numbers that feed one output. Groups run along K, as they do in
+every deployment format.
+
+    kind         parameter                          rows
+    linear       [O, I]                             [O, I]
+    embedding    [V, D]                             [V, D]
+    transposed   [I, O]       (Conv1D of GPT-2)     [O, I]
+    conv         [O, I/g, *k]                       [O, I/g * prod(k)]
+    deconv       [I, O/g, *k] (transposed conv)     [O/g, I * prod(k)]
+    experts      [E, O, I]                          [E*O, I]
+    experts_t    [E, I, O]                          [E*O, I]
+    tokens       [..., I]     (an activation)       [T, I]
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# kind -> the permutation that brings the output dimensions to the front (identity: None), number of output dimensions
+_KINDS: dict[str, tuple[tuple[int, ...] | None, int]] = {
+    "linear": (None, 1),
+    "embedding": (None, 1),
+    "transposed": ((1, 0), 1),
+    "conv": (None, 1),
+    "deconv": ((1, 0), 1),
+    "experts": (None, 2),
+    "experts_t": ((0, 2, 1), 2),
+    "tokens": (None, -1),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a parameter and how its rows are taken."""
+
+    shape: tuple[int, ...]
+    kind: str = "linear"
+
+    def _permutation(self) -> tuple[int, ...] | None:
+        permutation = _KINDS[self.kind][0]
+        if permutation is None:
+            return None
+        return permutation + tuple(range(len(permutation), len(self.shape)))
+
+    @property
+    def rows_shape(self) -> tuple[int, int]:
+        """`(R, K)`."""
+        permutation, outputs = self._permutation(), _KINDS[self.kind][1]
+        shape = self.shape if permutation is None else tuple(self.shape[i] for i in permutation)
+        if outputs < 0:
+            outputs = len(shape) - 1
+        return math.prod(shape[:outputs]), math.prod(shape[outputs:])
+
+    def to_rows(self, w: Tensor) -> Tensor:
+        """`shape` -> `[R, K]`; a view where the memory order allows it."""
+        permutation = self._permutation()
+        return (w if permutation is None else w.permute(permutation)).reshape(self.rows_shape)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """`[R, K]` -> `shape`."""
+        permutation = self._permutation()
+        if permutation is None:
+            return rows.reshape(self.shape)
+        permuted = rows.reshape([self.shape[i] for i in permutation])
+        inverse = [permutation.index(i) for i in range(len(permutation))]
+        return permuted.permute(inverse)

@@ -1,0 +1,266 @@
+"""`Plan`: a recipe resolved on one model, before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from qat.errors import QATError
+from qat.layers import TYPES, layer_type, listed_name, original_class
+from qat.layout import Layout
+from qat.quantizers import Quantizer, quantizer_class
+from qat.recipes.schema import Recipe, Rule, Slot
+from qat.specs import QuantSpec
+
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_LISTED_REASONS = 4
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One layer. `weight`/`input` None: that slot stays in float. `kinds`: weight name -> layout kind."""
+
+    name: str
+    type: str
+    rule: str | None
+    weight: QuantSpec | None
+    input: QuantSpec | None
+    params: int
+    kinds: dict[str, str] = field(default_factory=dict)
+    columns: int = 0
+    listed: bool = False
+    note: str = ""
+
+    @property
+    def quantized(self) -> bool:
+        return self.weight is not None or self.input is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every layer that could be quantized, what becomes of it, and the model's totals."""
+
+    recipe: str
+    rows: list[PlanRow]
+    float_rows: list[PlanRow]
+    total_params: int
+    float_bytes: int
+
+    @property
+    def coverage(self) -> float:
+        """Parameters on a quantized grid, in % of all parameters."""
+        covered = sum(row.params for row in self.rows if row.weight is not None)
+        return 100.0 * covered / self.total_params if self.total_params else 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Expected size of the packed parameters: codes, scales and zero points, plus what stays in float."""
+        packed = sum(row.params * row.weight.bits_per_weight(row.columns) / 8 for row in self.rows if row.weight)
+        return round(packed) + self.float_bytes
+
+    def render(self) -> str:
+        """A table: layer, type, rule, specs, parameters; then coverage and size."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"plan of {self.recipe}", title_justify="left")
+        for column in ("layer", "type", "rule", "weight", "input"):
+            table.add_column(column, overflow="fold")
+        table.add_column("parameters", justify="right")
+        for row in (*self.rows, *self.float_rows):
+            weight = str(row.weight) if row.weight else f"float{f' ({row.note})' if row.note else ''}"
+            cells = (row.name or "(the model)", row.type, row.rule or "-", weight, str(row.input or "float"))
+            table.add_row(*cells, f"{row.params:,}")
+        console = Console(width=160, record=True, file=_Nowhere())
+        console.print(table)
+        console.print(
+            f"{self.coverage:.2f} % of {self.total_params:,} parameters on a grid; "
+            f"{len(self.rows)} layers quantized, {len(self.float_rows)} left in float; expected size {self.bytes:,} bytes"
+        )
+        return console.export_text()
+
+
+class _Nowhere:
+    """A file that keeps nothing: the console's recording is what is wanted."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        return
+
+
+def spec_of(slot: Slot) -> QuantSpec:
+    """A recipe's slot as a QuantSpec."""
+    return QuantSpec(**slot.spec_fields())
+
+
+def matches(rule: Rule, name: str, types: tuple[str, ...]) -> bool:
+    """Whether the rule's patterns hit a module of that name and type."""
+    if rule.types and not set(rule.types) & set(types):
+        return False
+    return any(
+        re.fullmatch(pattern[3:], name) is not None if pattern.startswith("re:") else fnmatchcase(name, pattern)
+        for pattern in rule.match
+    )
+
+
+def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
+    """Resolve `recipe` on `model`; changes nothing.
+
+    Raises QATError: a rule that matches nothing (unless optional), a spec that a layer cannot hold, a module that would
+    bypass its own forward, tied weights under different rules, or (recipe.strict) a layer left in float unlisted.
+    """
+    parents = {id(child): module for module in model.modules() for child in module.children()}
+    rows: list[PlanRow] = []
+    problems: list[str] = []
+    used: Counter[str] = Counter()
+    for name, rule in recipe.rules.items():
+        for asked in rule.types:
+            if asked not in TYPES:
+                problems.append(f"rules.{name}.types: {asked!r} {_no_type(asked)}")
+    for name, module in model.named_modules():
+        row = _resolve(name, module, recipe, used)
+        if row is None:
+            continue
+        if row.quantized:
+            problems += [f"{name or 'the model'} (rule {row.rule}): {why}" for why in _row_reasons(row, module, parents)]
+        rows.append(row)
+    for name, rule in recipe.rules.items():
+        if not used[name] and not rule.optional:
+            problems.append(_unmatched(name, rule, rows))
+    problems += _tied_reasons(model, rows)
+    quantized = [row for row in rows if row.quantized]
+    left = [row for row in rows if not row.quantized]
+    if recipe.strict:
+        unlisted = [row.name for row in left if not row.listed]
+        if unlisted:
+            problems.append(
+                f"strict: {len(unlisted)} layers stay in float without being listed ({_some(unlisted)}); "
+                "give them a rule, or list them with keep_float: true"
+            )
+    if not quantized and not problems:
+        problems.append("no rule quantizes any layer of this model; check rules.*.match and rules.*.types")
+    if problems:
+        raise QATError(f"recipe {recipe.name!r} does not fit {type(model).__name__}: {_some(problems, '; ')}")
+    return _totals(model, recipe, quantized, left)
+
+
+def _resolve(name: str, module: nn.Module, recipe: Recipe, used: Counter[str]) -> PlanRow | None:
+    """The row of one module, or None if it is not a layer that rules speak of."""
+    entry = layer_type(module)
+    near = listed_name(module)
+    if entry is None and near is None:
+        return None
+    kind = entry[0] if entry else (near or "")
+    row = PlanRow(name, original_class(module).__name__, None, None, None, 0, listed=False)
+    for rule_name, rule in recipe.rules.items():
+        if not matches(rule, name, (kind, original_class(module).__name__)):
+            continue
+        used[rule_name] += 1
+        if rule.keep_float:
+            row = replace(row, rule=rule_name, weight=None, input=None, listed=True)
+        elif entry is None:
+            row = replace(row, note="its forward is its own", rule=rule_name)
+        else:
+            weight = spec_of(rule.weight) if rule.weight is not None else row.weight
+            x = spec_of(rule.input) if rule.input is not None and kind != "Embedding" else row.input
+            row = replace(row, rule=rule_name, weight=weight, input=x, listed=False)
+    if entry is None:
+        params = sum(p.numel() for p in module._parameters.values() if p is not None)
+        return replace(row, params=params, note=row.note or "its forward is its own")
+    kinds = entry[1].kinds(module)
+    weights = {key: module._parameters[key] for key in kinds}
+    params = sum(p.numel() for p in weights.values() if p is not None)
+    columns = min(Layout(tuple(p.shape), kinds[key]).rows_shape[1] for key, p in weights.items() if p is not None)
+    return replace(row, params=params, kinds=kinds, columns=columns)
+
+
+def _row_reasons(row: PlanRow, module: nn.Module, parents: dict[int, nn.Module]) -> list[str]:
+    found: list[str] = []
+    entry = layer_type(module)
+    assert entry is not None
+    if row.weight is not None:
+        found += quantizer_class(row.weight.quantizer).reasons(row.weight)
+        for key, kind in row.kinds.items():
+            found += row.weight.shape_reasons(Layout(tuple(module._parameters[key].shape), kind).rows_shape[1])  # type: ignore[union-attr]
+    if row.input is not None:
+        found += quantizer_class(row.input.quantizer).reasons(row.input, activation=True)
+        if row.input.granularity == "group":
+            found += row.input.shape_reasons(row.columns)
+        if row.input.granularity != "tensor" and entry[0].startswith("Conv") and entry[0] != "Conv1D":
+            found.append(f"the input of {entry[0]} has no tokens; use granularity=tensor")
+    found += entry[1].reasons(module)
+    parent = parents.get(id(module))
+    if isinstance(parent, nn.MultiheadAttention):
+        found.append(
+            "torch.nn.MultiheadAttention reads this weight itself and would bypass the quantizer; "
+            f"keep it with a rule {{match: ['{row.name}'], keep_float: true}}"
+        )
+    if "weight" in row.kinds and hasattr(module, "parametrizations"):
+        found.append("its weight is parametrized (torch.nn.utils.parametrize); remove the parametrization first")
+    return found
+
+
+def _no_type(asked: str) -> str:
+    if asked in _RECURRENT:
+        return "cannot be quantized: its forward hands flat weights to a fused kernel that no quantizer can reach"
+    if asked == "MultiheadAttention":
+        return "cannot be quantized: it reads its weights itself; quantize an attention made of Linear layers"
+    near = difflib.get_close_matches(asked, TYPES, 1)
+    return f"is not a type that can be quantized{f'; did you mean {near[0]!r}?' if near else ''} (known: {', '.join(TYPES)})"
+
+
+def _unmatched(name: str, rule: Rule, rows: list[PlanRow]) -> str:
+    names = [row.name for row in rows]
+    plain = [pattern.strip("*").removeprefix("re:") for pattern in rule.match]
+    near = [hit for pattern in plain for hit in difflib.get_close_matches(pattern, names, 3, cutoff=0.3)]
+    near += [found for found in names if found.rpartition(".")[2] in {hit.rpartition(".")[2] for hit in plain}]
+    hint = _some(list(dict.fromkeys(near or names)) or ["none at all"])
+    wanted = f"match {rule.match}" + (f" with types {list(rule.types)}" if rule.types else "")
+    return f"rules.{name} matches no layer ({wanted}); nearest layer names: {hint}; correct it or set optional: true"
+
+
+def _tied_reasons(model: nn.Module, rows: list[PlanRow]) -> list[str]:
+    """Modules that share a parameter must agree on its grid."""
+    owners: dict[int, list[PlanRow]] = {}
+    by_name = {row.name: row for row in rows}
+    for name, module in model.named_modules():
+        row = by_name.get(name)
+        for key in row.kinds if row is not None else ():
+            parameter = module._parameters[key]
+            if parameter is not None and row is not None:
+                owners.setdefault(id(parameter), []).append(row)
+    found = []
+    for tied in owners.values():
+        if len({row.weight for row in tied}) > 1:
+            said = ", ".join(f"{row.name}: {row.weight or 'float'}" for row in tied)
+            found.append(f"these layers share one weight but not one grid ({said}); give them the same rule")
+    return found
+
+
+def _totals(model: nn.Module, recipe: Recipe, rows: list[PlanRow], left: list[PlanRow]) -> Plan:
+    counted: set[int] = set()
+    kept = []
+    own = {id(p) for m in model.modules() for key, p in m._parameters.items() if p is not None and isinstance(m, Quantizer)}
+    for row in rows:
+        module = model.get_submodule(row.name)
+        fresh = [module._parameters[key] for key in row.kinds if id(module._parameters[key]) not in counted]
+        counted |= {id(p) for p in fresh}
+        kept.append(replace(row, params=sum(p.numel() for p in fresh if p is not None)))
+    quantized = {id(model.get_submodule(row.name)._parameters[key]) for row in rows if row.weight for key in row.kinds}
+    everything = [p for p in model.parameters() if id(p) not in own]
+    rest = sum(p.numel() * p.element_size() for p in everything if id(p) not in quantized)
+    return Plan(recipe.name, kept, left, sum(p.numel() for p in everything), rest)
+
+
+def _some(items: list[str], joint: str = ", ") -> str:
+    shown = joint.join(items[:_LISTED_REASONS])
+    more = len(items) - _LISTED_REASONS
+    return f"{shown}{joint}and {more} more" if more > 0 else shown

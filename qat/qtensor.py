@@ -1,0 +1,58 @@
+"""`QTensor`: the only thing that leaves training."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qat.fake_quant_kernels.affine import decode
+from qat.layout import Layout
+from qat.specs import QuantSpec
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """Codes and what turns them back into numbers.
+
+        w_RK = (codes_RK - zero_point_RG) * scale_RG        zero_point none or int
+        w_RK = codes_RK * scale_RG + minimum_RG             zero_point float
+
+    R rows (output channels), K numbers in a row, G scales in a row (K % G == 0); per tensor both R and G are 1.
+
+    codes        int8 (signed grid) or uint8, [R, K], within spec.grid
+    scale        the stored dtype of spec.scale, [R, G] or [1, 1], finite and positive
+    zero_point   int16 within the grid's codes, the shape of scale, or None
+    minimum      the stored dtype of spec.scale, the shape of scale, or None
+    layout       where the rows lie in the parameter
+    out_dtype    dtype of the weight that the training forward used
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    minimum: Tensor | None
+    spec: QuantSpec
+    layout: Layout
+    out_dtype: torch.dtype
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight, shape `layout.shape`, computed in fp32 and cast once to `dtype` (default: `out_dtype`)."""
+        zero = None if self.zero_point is None else self.zero_point.float()
+        minimum = None if self.minimum is None else self.minimum.float()
+        rows = decode(self.codes.float(), self.scale.float(), zero, minimum)
+        return self.layout.from_rows(rows).to(dtype or self.out_dtype)
+
+    def sha256(self) -> str:
+        """Of the dequantized weight in `out_dtype`, row-major: equal numbers have equal hashes."""
+        return tensor_sha256(self.dequantize())
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 of the bytes of `tensor`, row-major, with -0.0 counted as 0.0 (they are equal numbers)."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.is_floating_point():
+        tensor = torch.where(tensor == 0, torch.zeros_like(tensor), tensor)
+    return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"").hexdigest()

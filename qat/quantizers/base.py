@@ -1,0 +1,228 @@
+"""`Quantizer`: how scales are found and how gradients flow.
+
+    forward(w)   fake-quantized weight, shape and dtype of w      final: rounds once, in `fake_quant_kernels.affine`
+    integers(w)  the same rounding as a QTensor                    final
+    qparams(w)   what a subclass writes: the stored fields         small ordinary autograd
+
+so `quantizer(w) == quantizer.integers(w).dequantize()` holds bit for bit for quantizers that do not exist yet.
+
+Latents of any float dtype are read in fp32 with autocast off; only the result is cast to `out_dtype`.
+
+State that must survive `.to(bfloat16)` (bf16-true, FSDP's buffer dtype) is kept as a sum of bf16-representable parts
+(`split` / `joined`): one part for portable and bf16 scales, two for fp16, three for fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import QATError
+from qat.fake_quant_kernels.affine import encode, fake_quantize
+from qat.layout import Layout
+from qat.qtensor import QTensor
+from qat.specs import QuantSpec
+
+
+class Fields(NamedTuple):
+    """What is stored beside the codes: fp32 on the scale grid, [R, G] or [1, 1]; zero integral within the codes."""
+
+    scale: Tensor
+    zero: Tensor | None = None
+    minimum: Tensor | None = None
+
+
+def split(value: Tensor, parts: int) -> Tensor:
+    """fp32 [...] -> [parts, ...] of bf16-representable fp32 numbers whose sum is `value` exactly (24 bits need 3)."""
+    rest, found = value.float(), []
+    for _ in range(parts):
+        part = rest.to(torch.bfloat16).float()
+        found.append(part)
+        rest = rest - part
+    return torch.stack(found)
+
+
+def joined(parts: Tensor) -> Tensor:
+    """The inverse of `split`; the smallest part is added first so that every sum is exact."""
+    total = parts[-1].float()
+    for part in reversed(parts[:-1].unbind(0)):
+        total = part.float() + total
+    return total
+
+
+class Quantizer(nn.Module):
+    """One tensor's quantizer. A subclass lives in a file of its own, sets the flags and writes `qparams`."""
+
+    name: str = ""
+    # gradient of the weight where the grid clips: everywhere (dynamic scales) or only inside
+    identity_gradient: bool = False
+    # which tensors it serves
+    for_weights: bool = True
+    for_activations: bool = False
+    # the scale of an activation is kept, not computed from each input: per tensor only
+    static_activations: bool = False
+    # zero point kinds it can produce
+    zero_points: tuple[str, ...] = ("none",)
+
+    def __init__(self, spec: QuantSpec, layout: Layout) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layout = layout
+        # bits for the current phase; the deployed spec unless the schedule says otherwise
+        self.live_spec = spec
+        # scales stop learning and ranges stop moving
+        self.frozen = False
+        self.build()
+
+    def build(self) -> None:
+        """Create parameters and buffers, eagerly (a lazily made one would be an inference tensor or in no optimizer)."""
+
+    def init_from(self, w: Tensor) -> None:
+        """Choose the starting state from the weight (shape `layout.shape`); nothing to choose by default."""
+
+    def qparams(self, w_RK: Tensor) -> Fields:
+        """Stored fields for fp32 rows [R, K] (or [T, I]); a subclass writes this."""
+        raise TypeError(f"{type(self).__name__} has no qparams")
+
+    def learned(self) -> tuple[nn.Parameter, ...]:
+        """Parameters that the optimizer moves, in a fixed order."""
+        return ()
+
+    def observe(self, x_TI: Tensor) -> None:
+        """Look at an activation in a training forward; only scratch may change here."""
+
+    def commit(self) -> None:
+        """Once per optimizer step: move scratch into buffers."""
+
+    def freeze(self) -> None:
+        """Make the present scale the stored one for good; called once, with whole (gathered) parameters."""
+
+    def thaw(self) -> None:
+        """Let scales move again from where they are."""
+
+    @classmethod
+    def reasons(cls, spec: QuantSpec, *, activation: bool = False) -> list[str]:
+        """Why this quantizer cannot serve `spec` (of an activation); empty means it can."""
+        found = spec.reasons()
+        if not (cls.for_activations if activation else cls.for_weights):
+            found.append(f"quantizer={cls.name!r} is not for {'inputs' if activation else 'weights'}")
+        if activation and cls.static_activations and spec.granularity != "tensor":
+            found.append(f"quantizer={cls.name!r} keeps one scale per input; use granularity=tensor, not {spec.granularity}")
+        if activation and spec.granularity == "channel":
+            found.append("an input has no output channels; use granularity=token or tensor")
+        if not activation and spec.granularity == "token":
+            found.append("a weight has no tokens; use granularity=channel")
+        if spec.zero_point not in cls.zero_points:
+            allowed = ", ".join(cls.zero_points)
+            found.append(f"quantizer={cls.name!r} has zero_point {allowed}, not {spec.zero_point!r}")
+        return found
+
+    # ---- final ---------------------------------------------------------------------------------------------------
+
+    @final
+    def rows_layout(self, w: Tensor) -> Layout:
+        """The layout of a weight is fixed; an activation's is its own shape."""
+        return Layout(tuple(w.shape), "tokens") if self.layout.kind == "tokens" else self.layout
+
+    @final
+    def forward(self, w: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """Fake-quantized `w`: same shape, `out_dtype` (default: dtype of w). Non-finite elements stay non-finite
+        or clip; the scale stays finite."""
+        layout = self.rows_layout(w)
+        with torch.autocast(device_type=w.device.type, enabled=False):
+            rows = layout.to_rows(w).float()
+            grid = self.live_spec.grid
+            scale, zero, minimum = self.qparams(rows)
+            fake = fake_quantize(rows, scale, zero, minimum, grid.qmin, grid.qmax, self.identity_gradient)
+            return layout.from_rows(fake).to(out_dtype or w.dtype)
+
+    @final
+    @torch.no_grad()
+    def integers(self, w: Tensor, out_dtype: torch.dtype | None = None) -> QTensor:
+        """The codes and fields that `forward` used, as a QTensor. Raises QATError where w is not finite."""
+        if not bool(torch.isfinite(w).all()):
+            count = int((~torch.isfinite(w)).sum())
+            raise QATError(f"{count} of {w.numel()} numbers are not finite; there is no code for them (did the run diverge?)")
+        layout = self.rows_layout(w)
+        with torch.autocast(device_type=w.device.type, enabled=False):
+            rows = layout.to_rows(w).float()
+            spec = self.live_spec
+            scale, zero, minimum = self.qparams(rows)
+            codes = encode(rows, scale, zero, minimum, spec.grid.qmin, spec.grid.qmax).to(spec.grid.code_dtype)
+            stored = spec.scale_grid.dtype
+            return QTensor(
+                codes=codes,
+                scale=scale.to(stored),
+                zero_point=None if zero is None else zero.to(torch.int16),
+                minimum=None if minimum is None else minimum.to(stored),
+                spec=spec,
+                layout=layout,
+                out_dtype=out_dtype or w.dtype,
+            )
+
+    @final
+    def set_bits(self, bits: int | None) -> None:
+        """Train on `bits` for a phase (None: the deployed spec)."""
+        self.live_spec = self.spec if bits is None else replace(self.spec, bits=bits)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A float checkpoint has no quantizer state: keep what was initialised instead of failing the strict load.
+        missing: list[str] = []
+        args = (*args[:2], missing, *args[3:])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def grouped(w_RK: Tensor, spec: QuantSpec) -> Tensor:
+    """Rows [R, K] -> [R, G, K/G] (or [1, 1, R*K] per tensor): numbers that share a scale lie along the last dim."""
+    if spec.granularity == "tensor":
+        return w_RK.reshape(1, 1, -1)
+    groups = spec.groups(w_RK.shape[1])
+    return w_RK.reshape(w_RK.shape[0], groups, w_RK.shape[1] // groups)
+
+
+def absmax_scale(w_RK: Tensor, spec: QuantSpec) -> Tensor:
+    """Scale [R, G] that spreads the grid over +-absmax: the error stays within half a step on both sides.
+
+    Signed: absmax / ((qmax - qmin) / 2), so 7.5 for int4 and 127.5 for int8 as compressed-tensors and torchao do;
+    narrow grids give 7 and 127. Unsigned (never negative inputs): absmax / qmax.
+    """
+    grid = spec.grid
+    reach = grid.steps / 2 if grid.signed else grid.qmax
+    return _amax(grouped(w_RK, spec).abs()) / reach
+
+
+def minmax_fields(w_RK: Tensor, spec: QuantSpec) -> Fields:
+    """Fields that spread the grid over [min, max]; with an integer zero point the range includes 0."""
+    blocks = grouped(w_RK, spec)
+    low, high = -_amax(-blocks), _amax(blocks)
+    return fields_of_range(low, high, spec)
+
+
+def fields_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> Fields:
+    """Stored fields [R, G] for ranges low..high [R, G]."""
+    grid = spec.grid
+    if spec.zero_point == "float":
+        minimum = spec.scale_grid.project_minimum(low)
+        return Fields(spec.scale_grid.project((high - minimum) / grid.steps), None, minimum)
+    if spec.zero_point == "int":
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        scale = spec.scale_grid.project((high - low) / grid.steps)
+        return Fields(scale, zero_of(low, scale, spec), None)
+    reach = grid.steps / 2 if grid.signed else grid.qmax
+    return Fields(spec.scale_grid.project(torch.maximum(-low, high) / reach), None, None)
+
+
+def zero_of(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Integer zero point that maps `low` to the smallest code: clamp(qmin - rint(low / scale), qmin, qmax)."""
+    zero = spec.grid.qmin - torch.round(low * (1.0 / scale))
+    return torch.nan_to_num(zero, nan=0.0).clamp(spec.grid.qmin, spec.grid.qmax).detach()
+
+
+def _amax(blocks: Tensor) -> Tensor:
+    """Maximum along the last dim [R, G]; of nothing: 0."""
+    if blocks.shape[-1] == 0 or blocks.numel() == 0:
+        return blocks.new_zeros(blocks.shape[:-1])
+    return blocks.amax(-1)

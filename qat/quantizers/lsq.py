@@ -1,0 +1,84 @@
+"""LSQ: learned step size (Esser et al. 2020), with the scale as s = project(s0 * exp(k * theta)).
+
+theta starts at 0, so step 0 is the searched scale s0; the scale can never turn negative, weight decay only pulls
+towards s0, and theta lives in the user's own parameter group. k is the learning-rate factor under Adam, whose step
+is about lr whatever the gradient: the scale moves by about k * lr per step, relatively. k = 10 keeps the scale's
+relative step ten times the weight's absolute one, the ratio that NVIDIA's scale learning and EfficientQAT use.
+
+Gradients (`fake_quant_kernels.affine`): dw inside the grid; ds = sum g * (rint(v) - v) inside, g * qmin or g * qmax
+outside. LSQ's 1/sqrt(N * qmax) factor is left out: it does nothing under Adam but push ds below Adam's epsilon.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qat.quantizers.base import Fields, joined
+from qat.quantizers.mse import Stored, search
+
+RATE = 10.0
+
+
+class Lsq(Stored):
+    """theta [R, G] has the latent's dtype (FSDP2 wants one dtype per unit) and is read in fp32.
+
+    For an activation (static, per tensor) s0 is the searched scale of the first training batch that is seen.
+    """
+
+    name = "lsq"
+    for_activations = True
+    static_activations = True
+
+    def build(self) -> None:
+        super().build()
+        self.theta = nn.Parameter(torch.zeros(self.start_scale.shape[1:]))
+        if self.layout.kind == "tokens":
+            self.seen: Tensor
+            self.scratch: Tensor
+            self.register_buffer("seen", torch.zeros(1))
+            self.register_buffer("scratch", torch.zeros(1), persistent=False)
+            self._settled = False
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.theta)
+
+    def init_from(self, w: Tensor) -> None:
+        super().init_from(w)
+        with torch.no_grad():
+            self.theta.zero_()
+
+    def learned(self) -> tuple[nn.Parameter, ...]:
+        return (self.theta,)
+
+    def qparams(self, w_RK: Tensor) -> Fields:
+        scale, zero, minimum = self.start()
+        if self.layout.kind == "tokens" and not self._settled:
+            now = search(w_RK.detach(), self.live_spec).scale
+            scale = torch.where(self.seen.float() > 0, scale, now)
+        if not self.frozen:
+            scale = scale * torch.exp(RATE * self.theta.float())
+        return Fields(self.spec.scale_grid.project(scale), zero, minimum)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """s0 takes the value of s; theta is read no more (an optimizer's momentum may still move it)."""
+        scale = joined(self.start_scale) * torch.exp(RATE * self.theta.float())
+        self.store(Fields(self.spec.scale_grid.project(scale)))
+
+    @torch.no_grad()
+    def observe(self, x_TI: Tensor) -> None:
+        if not self._settled:
+            found = search(x_TI.float(), self.spec).scale.reshape(1)
+            self.scratch.copy_(torch.maximum(self.scratch, found.to(self.scratch.dtype)))
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        if self.layout.kind != "tokens" or self._settled:
+            return
+        if float(self.seen) == 0 and float(self.scratch) > 0:
+            self.store(Fields(self.spec.scale_grid.project(self.scratch.float().reshape(1, 1))))
+            self.seen.fill_(1.0)
+        self._settled = float(self.seen) > 0
+        self.scratch.zero_()

@@ -1,0 +1,23 @@
+"""Dynamic asymmetric range: minimum and maximum of each group, recomputed in every forward; no state.
+
+    zero point int     s = project((max(w, 0) - min(w, 0)) / (qmax - qmin)),  z = clamp(qmin - rint(min / s))
+    zero point float   m = project(min(w)),  s = project((max(w) - m) / (qmax - qmin))
+
+The gradient of the weight passes unchanged.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qat.quantizers.base import Fields, Quantizer, minmax_fields
+
+
+class Minmax(Quantizer):
+    name = "minmax"
+    identity_gradient = True
+    for_activations = True
+    zero_points = ("int", "float")
+
+    def qparams(self, w_RK: Tensor) -> Fields:
+        return minmax_fields(w_RK.detach(), self.live_spec)

@@ -1,0 +1,115 @@
+"""What a checkpoint must say about itself: recipe, step, and the dtypes of the forward.
+
+`QATState` is a child of the prepared root called `qat_state`. It has no parameter and no buffer (nothing to average, to
+cast or to shard); its extra state is a uint8 tensor of JSON, so a weights-only file carries it and no pickle is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import QATError
+
+VERSION = 1
+CHILD = "qat_state"
+
+
+@dataclass
+class Record:
+    """Plain data of one prepared model.
+
+    step             optimizer steps taken by the optimizer that owns the planned weights
+    initialized      scales were searched on the weights that training started from
+    scales_frozen    learned scales were folded into their start values
+    dtypes           layer -> [latent dtype, out dtype] of its last quantized forward
+    """
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    initialized: bool = False
+    scales_frozen: bool = False
+    dtypes: dict[str, list[str]] = field(default_factory=dict)
+    teacher: str = ""
+
+
+class QATState(nn.Module):
+    """Carries a `Record` in the state dict under `<root>.qat_state._extra_state`."""
+
+    def __init__(self, recipe: dict[str, Any]) -> None:
+        super().__init__()
+        self.record = Record(recipe=recipe)
+        # set by prepare: the plan, and what the schedule applied last (never saved)
+        self.plan: Any = None
+        self.schedule: Any = None
+        self.applied: Any = None
+        # True once a checkpoint with quantizer state was loaded into this model
+        self.restored = False
+
+    def get_extra_state(self) -> Tensor:
+        return encode_record(self.record)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        recipe = self.record.recipe
+        self.record = decode_record(state)
+        if recipe and _structure(recipe) != _structure(self.record.recipe):
+            raise QATError(
+                "the checkpoint was trained with other rules or phases than this recipe; resume with the recipe of the "
+                "checkpoint (qat.load_from_checkpoint reads it from the file), or load only the weights"
+            )
+        self.restored = True
+        self.schedule = self.applied = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A float checkpoint has no record: keep this one.
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, *args[:2], missing, *args[3:])
+
+
+def _structure(recipe: dict[str, Any]) -> Any:
+    return {key: recipe.get(key) for key in ("rules", "phases")}
+
+
+def encode_record(record: Record) -> Tensor:
+    """uint8 [n] of UTF-8 JSON; the order of rules and phases means something and is kept."""
+    text = json.dumps({"version": VERSION, **record.__dict__})
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
+
+
+def decode_record(state: Tensor) -> Record:
+    """Raises QATError if the bytes are not a record of this version."""
+    try:
+        data = json.loads(bytes(state.cpu().to(torch.uint8).tolist()).decode())
+        version = data.pop("version")
+        record = Record(**data)
+    except (ValueError, TypeError, KeyError, AttributeError) as problem:
+        raise QATError(f"the quantization record in this checkpoint cannot be read ({problem}); it is damaged") from None
+    if version != VERSION:
+        raise QATError(f"the quantization record has version {version}, this program reads {VERSION}; update qat")
+    return record
+
+
+def state_of(model: nn.Module) -> QATState | None:
+    """The record of a prepared model, wherever the prepared root lies below `model`; None if it is not prepared."""
+    return next((m for m in model.modules() if isinstance(m, QATState)), None)
+
+
+def require_state(model: nn.Module) -> QATState:
+    """Raises QATError if `model` is not prepared."""
+    state = state_of(model)
+    if state is None:
+        raise QATError(f"{type(model).__name__} is not prepared for quantization; call qat.prepare(model, recipe) first")
+    return state
+
+
+def find_record(state_dict: dict[str, Any]) -> tuple[str, Record]:
+    """(prefix, record) from a state dict; raises QATError if it has none."""
+    ending = f"{CHILD}._extra_state"
+    for key, value in state_dict.items():
+        if key.endswith(ending):
+            return key[: -len(ending)], decode_record(value)
+    raise QATError("this checkpoint holds no quantization record; it was not written by a run with qat")

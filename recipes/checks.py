@@ -1,0 +1,284 @@
+"""Can this recipe be? `check` returns every reason why not, each with the full key path, the value and what is allowed.
+
+What depends on a model (does a rule match, does the group size divide the row) is the plan's to say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from importlib.metadata import entry_points
+from importlib.resources import files
+
+from qat.recipes.schema import Distill, Phase, Recipe, Rule, Slot, Train
+from qat.recipes.shape import join, nearest, plain_errors, shape_errors, show
+
+# Quantizer -> the zero points that it can find.
+WEIGHT_QUANTIZERS = {
+    "absmax": ("none",),
+    "minmax": ("int", "float"),
+    "mse": ("none", "int", "float"),
+    "lsq": ("none", "int", "float"),
+}
+INPUT_QUANTIZERS = {
+    "absmax": ("none",),
+    "minmax": ("int", "float"),
+    "lsq": ("none", "int", "float"),
+    "ema": ("none", "int", "float"),
+}
+# Recomputed in every forward, so they follow a change of bits by themselves; the others keep a scale per input tensor.
+DYNAMIC_QUANTIZERS = ("absmax", "minmax")
+WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
+INPUT_GRANULARITIES = ("tensor", "token")
+ZERO_POINTS = ("none", "int", "float")
+SCALES = ("portable", "fp32", "fp16", "bf16")
+GRIDS = ("int",)
+LOSSES = ("kl", "mse", "cosine")
+TASKS = ("causal_lm", "image_classification", "sentence_embedding")
+SCHEDULERS = ("cosine", "constant")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true")
+LOGGERS = ("none", "csv", "wandb")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+def format_names() -> list[str]:
+    """Export formats that are installed, found by their files and entry points; none of them is imported."""
+    folder = files("qat").joinpath("export", "formats")
+    own = [
+        entry.name[: -len(".py")].replace("_", "-")
+        for entry in (folder.iterdir() if folder.is_dir() else ())
+        if entry.name.endswith(".py") and not entry.name.startswith("_")
+    ]
+    return sorted({*own, *(point.name for point in entry_points(group="qat.formats"))})
+
+
+def check(recipe: Recipe) -> list[str]:
+    """Why this recipe cannot be; empty means it can."""
+    data = dataclasses.asdict(recipe)
+    found = plain_errors(data) or shape_errors(data)
+    if not found:
+        found = [f"{path}: {kind}" for path, kind in _classes(recipe)]
+    if found:
+        return found
+    if not _NAME.fullmatch(recipe.name):
+        found.append(f'name: {show(recipe.name)} is not allowed; use letters, digits, ".", "_" and "-"')
+    if not recipe.rules:
+        found.append("rules: there is no rule, so nothing would be quantized; add one, e.g. linears: {types: [Linear]}")
+    for name, rule in recipe.rules.items():
+        found += _rule(rule, join("rules", name))
+    if recipe.rules and all(rule.weight is None and rule.input is None for rule in recipe.rules.values()):
+        found.append("rules: no rule has a weight or an input, so nothing would be quantized; add one to a rule")
+    found += _phases(recipe)
+    found += _distill(recipe.distill)
+    found += _targets(recipe.export.targets)
+    return found + _train(recipe.train)
+
+
+def _classes(recipe: Recipe) -> list[tuple[str, str]]:
+    """Mappings where a recipe that was put together by hand needs the classes of the schema."""
+    wanted: list[tuple[str, object, type]] = [
+        *((join("rules", name), rule, Rule) for name, rule in recipe.rules.items()),
+        *((join("phases", name), phase, Phase) for name, phase in recipe.phases.items()),
+        *((key, getattr(recipe, key), type(getattr(Recipe(), key))) for key in ("distill", "export", "train")),
+    ]
+    for name, rule in recipe.rules.items():
+        for key in ("weight", "input"):
+            slot = getattr(rule, key, None)
+            if slot is not None:
+                wanted.append((join(join("rules", name), key), slot, Slot))
+    return [
+        (path, f"a {type(value).__name__} is not a {kind.__name__}; use qat.recipes.from_dict for plain data")
+        for path, value, kind in wanted
+        if not isinstance(value, kind)
+    ]
+
+
+def _one_of(path: str, value: str, allowed: tuple[str, ...] | list[str]) -> list[str]:
+    if value in allowed:
+        return []
+    return [f"{path}: {show(value)} is not allowed{nearest(value, allowed)}; allowed: {', '.join(allowed) or 'none'}"]
+
+
+def _at_least(path: str, value: float, least: int) -> list[str]:
+    return [] if value >= least else [f"{path}: {show(value)} is not allowed; allowed: {least} or more"]
+
+
+def _within(path: str, value: float, ends: str) -> list[str]:
+    """`ends` as mathematicians write intervals between 0 and 1: `[0, 1]`, `[0, 1)`, `(0, 1]`."""
+    inside = 0 < value < 1 or (value == 0 and ends[0] == "[") or (value == 1 and ends[-1] == "]")
+    return [] if inside else [f"{path}: {show(value)} is not allowed; allowed: {ends}"]
+
+
+def _bits(path: str, bits: int, slot: Slot) -> list[str]:
+    found = [] if 1 <= bits <= 8 else [f"{path}: {show(bits)} is not allowed; allowed: 1..8"]
+    if slot.narrow and bits == 1:
+        found.append(f"{path}: 1 is not allowed with narrow=true, it would leave the single code 0; allowed: 2..8")
+    return found
+
+
+def _rule(rule: Rule, path: str) -> list[str]:
+    found = []
+    if not rule.match:
+        found.append(f'{path}.match: [] matches nothing; write ["*"] for every layer')
+    for index, pattern in enumerate(rule.match):
+        where = f"{path}.match[{index}]"
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as problem:
+                found.append(f"{where}: {show(pattern)} is not a regular expression: {problem}")
+        elif not pattern:
+            found.append(f'{where}: "" matches nothing; write a glob like "*mlp*"')
+    for index, name in enumerate(rule.types):
+        if not name.isidentifier():
+            found.append(f"{path}.types[{index}]: {show(name)} is not the short name of a class, like Linear")
+    if rule.keep_float:
+        for key in ("weight", "input"):
+            if getattr(rule, key) is not None:
+                found.append(f"{path}.keep_float: true is not allowed beside {path}.{key}; leave one of them out")
+    elif rule.weight is None and rule.input is None:
+        found.append(f"{path}: the rule does nothing; give it a weight, an input or keep_float: true")
+    if rule.weight is not None:
+        found += _slot(rule.weight, f"{path}.weight", WEIGHT_GRANULARITIES, WEIGHT_QUANTIZERS)
+        if not rule.weight.is_signed and rule.weight.zero_point == "none":
+            found.append(
+                f"{path}.weight.signed: false is not allowed with zero_point=none, every negative weight would be 0; "
+                "allowed: true, or zero_point=int or float"
+            )
+    if rule.input is not None:
+        found += _slot(rule.input, f"{path}.input", INPUT_GRANULARITIES, INPUT_QUANTIZERS)
+        if rule.input.granularity == "token" and rule.input.quantizer in ("lsq", "ema"):
+            found.append(
+                f'{path}.input.granularity: "token" is not allowed with quantizer={rule.input.quantizer}, whose range '
+                "is fixed before a token is seen; allowed: tensor, or quantizer=absmax or minmax"
+            )
+    return found
+
+
+def _slot(slot: Slot, path: str, granularities: tuple[str, ...], quantizers: dict[str, tuple[str, ...]]) -> list[str]:
+    known = [*quantizers, *(point.name for point in entry_points(group="qat.quantizers"))]
+    found = [
+        *_bits(f"{path}.bits", slot.bits, slot),
+        *_one_of(f"{path}.granularity", slot.granularity, granularities),
+        *_one_of(f"{path}.zero_point", slot.zero_point, ZERO_POINTS),
+        *_one_of(f"{path}.scale", slot.scale, SCALES),
+        *_one_of(f"{path}.grid", slot.grid, GRIDS),
+        *_one_of(f"{path}.quantizer", slot.quantizer, known),
+    ]
+    if slot.granularity == "group" and slot.group_size is None:
+        found.append(
+            f"{path}.group_size: null is not allowed with granularity=group; give one, e.g. 32 or 128"
+        )
+    if slot.granularity != "group" and slot.group_size is not None:
+        found.append(
+            f"{path}.group_size: {show(slot.group_size)} is not allowed with granularity={slot.granularity}; "
+            "allowed: null, or granularity=group"
+        )
+    if slot.group_size is not None:
+        found += _at_least(f"{path}.group_size", slot.group_size, 1)
+    if slot.zero_point == "float" and slot.signed:
+        found.append(
+            f"{path}.signed: true is not allowed with zero_point=float, whose codes count up from the minimum; "
+            "allowed: null, false"
+        )
+    if slot.narrow and not slot.is_signed:
+        found.append(
+            f"{path}.narrow: true is not allowed for unsigned codes (zero_point={slot.zero_point}, "
+            f"signed={show(slot.signed)}); allowed: false"
+        )
+    zero_points = quantizers.get(slot.quantizer, ZERO_POINTS)
+    if slot.zero_point in ZERO_POINTS and slot.zero_point not in zero_points:
+        found.append(
+            f"{path}.zero_point: {show(slot.zero_point)} is not allowed with quantizer={slot.quantizer}; "
+            f"allowed: {', '.join(zero_points)}"
+        )
+    return found
+
+
+def _phases(recipe: Recipe) -> list[str]:
+    if not recipe.phases:
+        return ["phases: there is none; write qat: {steps: -1}"]
+    found = []
+    last = list(recipe.phases)[-1]
+    for name, phase in recipe.phases.items():
+        path = join("phases", name)
+        if name == last and phase.steps != -1:
+            found.append(f"{path}.steps: {phase.steps} is not allowed in the last phase; allowed: -1 (until the end)")
+        if name != last and phase.steps < 0:
+            found.append(f"{path}.steps: {phase.steps} is not allowed before the last phase; allowed: 0 or more")
+        found += _at_least(f"{path}.ramp", phase.ramp, 0)
+        if phase.ramp > phase.steps >= 0:
+            found.append(f"{path}.ramp: {phase.ramp} is longer than the phase; allowed: 0..{phase.steps}")
+        if phase.ramp > 0 and not phase.quantize:
+            found.append(f"{path}.ramp: {phase.ramp} is not allowed with quantize=false; allowed: 0")
+        if phase.bits and not phase.quantize:
+            found.append(f"{path}.bits: {show(phase.bits)} is not allowed with quantize=false; allowed: {{}}")
+        found += _phase_bits(phase, path, recipe.rules)
+    if not any(phase.quantize for phase in recipe.phases.values()):
+        found.append("phases: none of them quantizes; set quantize: true in the last one")
+    return found
+
+
+def _phase_bits(phase: Phase, path: str, rules: dict[str, Rule]) -> list[str]:
+    found = []
+    allowed = [name for name, rule in rules.items() if rule.weight is not None]
+    for name, bits in phase.bits.items():
+        where = f"{path}.bits.{name}"
+        rule = rules.get(name)
+        if rule is None or rule.weight is None:
+            what = "there is no such rule" if rule is None else "the rule has no weight"
+            found.append(f"{where}: {what}{nearest(name, allowed)}; allowed: {', '.join(allowed) or 'none'}")
+            continue
+        found += _bits(where, bits, rule.weight)
+        if rule.weight.zero_point != "none" and rule.weight.quantizer not in DYNAMIC_QUANTIZERS:
+            found.append(
+                f"{where}: {bits} is not allowed for a weight with zero_point={rule.weight.zero_point} and "
+                f"quantizer={rule.weight.quantizer}, whose zero point is kept; allowed: zero_point=none, or "
+                f"quantizer={' or '.join(DYNAMIC_QUANTIZERS)}"
+            )
+    return found
+
+
+def _distill(distill: Distill) -> list[str]:
+    found = _one_of("distill.loss", distill.loss, LOSSES)
+    found += _within("distill.weight", distill.weight, "[0, 1]")
+    if distill.enabled and distill.weight == 0:
+        found.append("distill.weight: 0 is not allowed with enabled=true; allowed: (0, 1], or enabled=false")
+    if distill.temperature <= 0:
+        found.append(f"distill.temperature: {show(distill.temperature)} is not allowed; allowed: more than 0")
+    return found
+
+
+def _targets(targets: list[str]) -> list[str]:
+    found = []
+    for index, target in enumerate(targets):
+        where = f"export.targets[{index}]"
+        found += _one_of(where, target, format_names())
+        if target in targets[:index]:
+            found.append(f"{where}: {show(target)} is there twice; leave one out")
+    return found
+
+
+def _train(train: Train) -> list[str]:
+    found = [
+        *_one_of("train.task", train.task, TASKS),
+        *_one_of("train.scheduler", train.scheduler, SCHEDULERS),
+        *_one_of("train.precision", train.precision, PRECISIONS),
+        *_one_of("train.logger", train.logger, LOGGERS),
+        *_within("train.val_fraction", train.val_fraction, "[0, 1)"),
+        *_within("train.warmup_fraction", train.warmup_fraction, "[0, 1]"),
+    ]
+    for key in ("seq_len", "batch_size", "accumulate", "max_steps", "val_every", "num_nodes"):
+        found += _at_least(f"train.{key}", getattr(train, key), 1)
+    for key in ("weight_decay", "gradient_clip", "num_workers", "seed"):
+        found += _at_least(f"train.{key}", getattr(train, key), 0)
+    if train.lr <= 0:
+        found.append(f"train.lr: {show(train.lr)} is not allowed; allowed: more than 0")
+    if len(train.betas) != 2:
+        found.append(f"train.betas: {show(train.betas)} is not allowed; allowed: two numbers, e.g. [0.9, 0.95]")
+    for index, beta in enumerate(train.betas):
+        found += _within(f"train.betas[{index}]", beta, "[0, 1)")
+    for key in ("text_key", "chat_key", "image_key", "label_key", "accelerator", "devices", "strategy"):
+        if not getattr(train, key):
+            found.append(f'train.{key}: "" is not allowed; leave it out for the default')
+    return found

@@ -1,0 +1,180 @@
+"""What a recipe says: plain dataclasses, one field per setting, checked by `qat.recipes.checks`.
+
+They are also OmegaConf's structured schema, for 2.3 as well as 2.4: hence no frozen classes (2.3 cannot merge them), no
+Literal and no Union of classes. Rules and phases are mappings by name, so that an override can address one
+(`rules.linears.weight.bits=3`) and an error can name it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Slot:
+    """The numbers of one tensor of a layer, its weight or its input; the words are those of `qat.specs.QuantSpec`."""
+
+    # Bits of a code, 1..8.
+    bits: int = 8
+    # Numbers that share one scale. Weights: tensor | channel | group; inputs: tensor | token.
+    granularity: str = "channel"
+    # Numbers of a row in one group, with granularity=group only; has to divide the inputs of a row.
+    group_size: int | None = None
+    # none: code * scale | int: (code - zero_point) * scale | float: code * scale + minimum
+    zero_point: str = "none"
+    # Leave out the most negative code: -127..127 instead of -128..127.
+    narrow: bool = False
+    # How a scale is stored: portable | fp32 | fp16 | bf16.
+    scale: str = "portable"
+    # How a scale is found. Weights: absmax | minmax | mse | lsq; inputs: absmax | minmax | lsq | ema.
+    quantizer: str = "absmax"
+    # Which codes exist: int, consecutive integers.
+    grid: str = "int"
+    # null: signed with zero_point=none, unsigned otherwise.
+    signed: bool | None = None
+
+    @property
+    def is_signed(self) -> bool:
+        """`signed` with null resolved."""
+        return self.zero_point == "none" if self.signed is None else self.signed
+
+    def spec_fields(self) -> dict[str, Any]:
+        """The keyword arguments of `qat.specs.QuantSpec`."""
+        return {
+            "bits": self.bits,
+            "signed": self.is_signed,
+            "narrow": self.narrow,
+            "granularity": self.granularity,
+            "group_size": self.group_size,
+            "zero_point": self.zero_point,
+            "scale": self.scale,
+            "quantizer": self.quantizer,
+        }
+
+
+@dataclass
+class Rule:
+    """Which layers, and what they get. The last rule that matches a layer replaces a slot (weight, input) whole."""
+
+    # Names of modules: globs over the whole dotted name ("*mlp*"), or "re:" and a regular expression.
+    match: list[str] = field(default_factory=lambda: ["*"])
+    # Short class names ("Linear", "Conv2d"); empty: every class that can be quantized.
+    types: list[str] = field(default_factory=list)
+    weight: Slot | None = None
+    input: Slot | None = None
+    # A rule that matches nothing is an error unless this is true.
+    optional: bool = False
+    # Leave the matches in float, on purpose and listed in the plan.
+    keep_float: bool = False
+
+
+@dataclass
+class Phase:
+    """A stretch of optimizer steps in which the same things are active."""
+
+    # Optimizer steps; -1, for the last phase only: until training ends.
+    steps: int = -1
+    # false: the model computes in float.
+    quantize: bool = True
+    # Steps in which the quantization fades in from none to full strength.
+    ramp: int = 0
+    # Learned scales and running ranges stop moving.
+    freeze_scales: bool = False
+    # Weight bits of a rule during this phase, by the rule's name; other rules use their own.
+    bits: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Distill:
+    """Learning from the float model."""
+
+    enabled: bool = False
+    # Share of the distillation loss, 0..1; the rest is the loss of the task. 1 is distillation alone.
+    weight: float = 1.0
+    # kl: token-mean KL(float || quantized) of the logits | mse | cosine, for embeddings
+    loss: str = "kl"
+    temperature: float = 1.0
+    # null: the float model itself as it was before quantization; else a folder that holds a model.
+    teacher: str | None = None
+
+
+@dataclass
+class Export:
+    """File formats that have to hold the recipe's grids exactly; checked before training."""
+
+    targets: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Train:
+    """What `qat train` needs; a recipe used through a callback in a script of one's own leaves it alone."""
+
+    # causal_lm | image_classification | sentence_embedding
+    task: str = "causal_lm"
+    # Folder of a model; its own library loads it. null: has to be given on the command line.
+    model: str | None = None
+    # Folder of the tokenizer; null: the model's folder.
+    tokenizer: str | None = None
+    # Files or folders to train on: text, jsonl or parquet, images in one folder per label.
+    data: list[str] = field(default_factory=list)
+    # The same to validate on; empty: val_fraction of `data`.
+    val_data: list[str] = field(default_factory=list)
+    val_fraction: float = 0.05
+    # Where a record of jsonl or parquet keeps its text, its chat messages, its image and its label.
+    text_key: str = "text"
+    chat_key: str = "messages"
+    image_key: str = "image"
+    label_key: str = "label"
+    # Tokens of one training sequence.
+    seq_len: int = 512
+    batch_size: int = 8
+    # Batches of one optimizer step.
+    accumulate: int = 1
+    lr: float = 1.0e-5
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    # Share of max_steps in which the learning rate rises from 0.
+    warmup_fraction: float = 0.05
+    # cosine: to zero at max_steps | constant
+    scheduler: str = "cosine"
+    # Optimizer steps.
+    max_steps: int = 1000
+    # Optimizer steps between validations.
+    val_every: int = 100
+    # Largest norm of the gradient; 0: not clipped.
+    gradient_clip: float = 1.0
+    # 32-true | 16-mixed | bf16-mixed | bf16-true | 64-true
+    precision: str = "32-true"
+    # The trainer's words: auto | cpu | gpu | ..., auto | a number | a list like "0,1", auto | ddp | fsdp | ...
+    accelerator: str = "auto"
+    devices: str = "auto"
+    strategy: str = "auto"
+    num_nodes: int = 1
+    seed: int = 0
+    # Processes that load data; 0: the training process itself.
+    num_workers: int = 0
+    # none | csv | wandb
+    logger: str = "none"
+    # Folder for everything that a run writes; null becomes runs/<name of the recipe> when a recipe is read.
+    out: str | None = None
+    # Checkpoint to go on from.
+    resume: str | None = None
+
+
+@dataclass
+class Recipe:
+    """Everything that turns a float model into an exported one; pure data."""
+
+    # Letters, digits, ".", "_" and "-"; names the run's folder.
+    name: str = "recipe"
+    description: str = ""
+    # true: anything left in float without a keep_float rule is an error.
+    strict: bool = False
+    # Name -> rule, in order; later wins per slot. A rule set to null is removed.
+    rules: dict[str, Rule] = field(default_factory=dict)
+    # Name -> phase, in order. A phase set to null is removed.
+    phases: dict[str, Phase] = field(default_factory=lambda: {"qat": Phase()})
+    distill: Distill = field(default_factory=Distill)
+    export: Export = field(default_factory=Export)
+    train: Train = field(default_factory=Train)
