@@ -34,23 +34,28 @@ def _grouped(w: Tensor, scale: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return w.reshape(w.shape[0], groups, w.shape[1] // groups), (*scale.shape, 1)
 
 
-def _scaled(w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int) -> tuple[Tensor, ...]:
-    """The argument of the clamp [R, G, K/G] and the clamp's bounds."""
+def _scaled(
+    w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int
+) -> tuple[Tensor, Tensor | int, Tensor | int]:
+    """The argument of the clamp [R, G, K/G] and the clamp's bounds (numbers where there is no zero point)."""
     blocks, shape = _grouped(w, scale)
-    reciprocal = (1.0 / scale).reshape(shape)
     if minimum is not None:
         blocks = blocks - minimum.reshape(shape)
-    value = blocks * reciprocal
+    value = blocks * (1.0 / scale).reshape(shape)
     if zero is None:
-        bound = value.new_tensor(0.0)
-        return value, bound + lo, bound + hi
+        return value, lo, hi
     return value, lo - zero.reshape(shape), hi - zero.reshape(shape)
+
+
+def _rounded(value: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+    """Clamp, then round half to even."""
+    return torch.round(torch.clamp(value, low, high))  # type: ignore[arg-type]
 
 
 def encode(w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int) -> Tensor:
     """w [R, K] -> codes [R, K] as integral fp32 numbers within lo..hi."""
     value, low, high = _scaled(w, scale, zero, minimum, lo, hi)
-    codes = torch.round(torch.minimum(torch.maximum(value, low), high))
+    codes = _rounded(value, low, high)
     if zero is not None:
         codes = codes + zero.reshape(*zero.shape, 1)
     return codes.reshape(w.shape)
@@ -101,8 +106,7 @@ class _FakeQuantize(torch.autograd.Function):
         dw = grad if identity else (blocks * inside).reshape(w.shape)
         dscale = dzero = dminimum = None
         if ctx.needs_input_grad[1]:
-            rounded = torch.round(torch.minimum(torch.maximum(value, low), high))
-            dscale = reduced(blocks * (rounded - value * inside))
+            dscale = reduced(blocks * (_rounded(value, low, high) - value * inside))
         if zero is not None and ctx.needs_input_grad[2]:
             dzero = -reduced(blocks * ~inside) * scale
         if minimum is not None and ctx.needs_input_grad[3]:

@@ -58,9 +58,9 @@ def _revive(original: type[nn.Module]) -> nn.Module:
 def close_fast_paths(model: nn.Module) -> None:
     """Give every encoder that holds a QAT layer a forward without the fused float kernel; idempotent."""
     for module in model.modules():
-        if isinstance(module, _FAST_PATHS) and not isinstance(module, _SlowPath):
-            if any(isinstance(child, QATLayer) for child in module.modules()):
-                module.__class__ = _slow_class(type(module))
+        encoder = isinstance(module, _FAST_PATHS) and not isinstance(module, _SlowPath)
+        if encoder and any(isinstance(child, QATLayer) for child in module.modules()):
+            module.__class__ = _slow_class(type(module))
 
 
 def reopen_fast_paths(model: nn.Module) -> None:
@@ -81,11 +81,11 @@ def planned_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: w for name, w in found.items() if w is not None}
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collects (parameter name, op) of every op outside our node that reads a planned weight."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names = {w.untyped_storage().data_ptr(): name for name, w in weights.items() if w.numel()}
         self.found: dict[str, str] = {}
 
@@ -119,8 +119,8 @@ def watched(model: nn.Module) -> Iterator[None]:
     if watch.found:
         name, op = next(iter(watch.found.items()))
         raise QATError(
-            f"{name} is planned for quantization but {op} reads it in float ({len(watch.found)} such weights): the module "
-            "around it bypasses the layer's own forward; list the layer with keep_float: true, or call the layer there"
+            f"{name} is planned for quantization but {op} reads it in float ({len(watch.found)} such weights): the "
+            "module around it bypasses the layer's own forward; list the layer with keep_float: true, or call it there"
         )
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from qat.errors import ExportError, QATError
 from qat.layers import QATLayer, input_quantizer, weight_quantizers
 from qat.plan import Plan
-from qat.prepare import apply_schedule, full, prepare, qat_layers, remember_dtypes, whole_quantizer
-from qat.prepare import schedule_of
+from qat.prepare import apply_schedule, full, prepare, qat_layers, remember_dtypes, schedule_of, whole_quantizer
 from qat.qtensor import QTensor
 from qat.quantizers import Fields, Quantizer
 from qat.recipes import from_dict
@@ -42,7 +41,7 @@ class Bundle(Mapping[str, QTensor]):
         inner, self.module = _deployed(model)
         self.prefix = inner.removeprefix(root)
         self.config: Any = getattr(self.module, "config", None) if _has_config(self.module) else None
-        self.plan: Plan = state.plan
+        self.plan: Plan = state.known_plan()
         self.recipe: dict[str, Any] = state.record.recipe
         self.step: int = state.record.step
         self.weights = weights
@@ -81,7 +80,7 @@ class Bundle(Mapping[str, QTensor]):
         return len(self._where)
 
     def dtypes(self, name: str) -> tuple[torch.dtype, torch.dtype]:
-        """(dtype that the quantizer read, dtype that it gave) in the last quantized forward of the parameter's layer."""
+        """(dtype that the quantizer read, dtype that it gave) in the last quantized forward of its layer."""
         layer, key, _ = self._where[name]
         parameter = layer._parameters[key]
         assert parameter is not None
@@ -106,8 +105,9 @@ class Bundle(Mapping[str, QTensor]):
             if quantizer is not None:
                 fields = None
                 if quantizer.static_activations:
+                    device = next(quantizer.buffers()).device
                     with whole_quantizer(quantizer), torch.no_grad():
-                        fields = quantizer.qparams(torch.zeros(1, 1, device=quantizer.scratch.device))  # type: ignore[union-attr]
+                        fields = quantizer.qparams(torch.zeros(1, 1, device=device))
                 found[name] = (quantizer.spec, fields)
         return found
 
@@ -118,7 +118,7 @@ class Bundle(Mapping[str, QTensor]):
 
 
 class _Floats(Mapping[str, Tensor]):
-    """State-dict entries outside the quantizers, gathered when asked for; a tied parameter is listed under each name."""
+    """State-dict entries outside the quantizers, gathered when asked for; a tied one is listed under each name."""
 
     def __init__(self, module: nn.Module, quantized: set[str]) -> None:
         self._found: dict[str, Tensor] = {}
@@ -161,7 +161,7 @@ def convert(model: nn.Module, *, weights: str = "last", require_final: bool = Tr
     if require_final and not apply_schedule(model).final:
         first = schedule_of(model).first_final_step()
         when = f"it is from step {first} on" if first is not None else "no phase of the recipe brings it fully on"
-        raise ExportError(f"at step {state.record.step} the quantization is not fully on ({when}); train on, then export")
+        raise ExportError(f"at step {state.record.step} the quantization is not fully on ({when}); train on first")
     return Bundle(model, weights)
 
 
@@ -169,8 +169,8 @@ def load_from_checkpoint(path: str | PathLike[str], model: nn.Module) -> nn.Modu
     """Prepare `model` with the recipe found in a checkpoint and load it; needs neither script nor callback.
 
     `path` is a Lightning checkpoint or a plain state dict (read with weights_only=True); `model` is the same
-    architecture in float, or the part of it that a deployment needs: a Hugging Face model that the checkpoint holds under
-    `model.`, say. Returns a module that holds `model`. Raises QATError if they do not belong together.
+    architecture in float, or the part of it that a deployment needs: a Hugging Face model that the checkpoint holds
+    under `model.`, say. Returns a module that holds `model`. Raises QATError if they do not belong together.
     """
     if not Path(path).is_file():
         raise QATError(f"there is no checkpoint file {path}; a folder of shards must be consolidated first")

@@ -61,7 +61,7 @@ def listed_name(module: nn.Module) -> str | None:
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The user's class of a module, prepared or not."""
     live = module.__dict__.get("_qat")
-    return live.original if live is not None else type(module)
+    return live.original if isinstance(live, Live) else type(module)
 
 
 @dataclass
@@ -101,7 +101,8 @@ class QATLayer(nn.Module):
     _qat: Live
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return _forward(self, args, kwargs)
+        y: Tensor = _forward(self, args, kwargs)
+        return y
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _revive, (self._qat.original,), self.__dict__
@@ -130,7 +131,8 @@ def weight_quantizers(layer: nn.Module) -> dict[str, Quantizer]:
 
 
 def input_quantizer(layer: nn.Module) -> Quantizer | None:
-    return getattr(layer, "input_quantizer", None)
+    found: Quantizer | None = getattr(layer, "input_quantizer", None)
+    return found
 
 
 def layer_quantizers(layer: nn.Module) -> list[Quantizer]:
@@ -140,7 +142,7 @@ def layer_quantizers(layer: nn.Module) -> list[Quantizer]:
     return [*found, x_quantizer] if x_quantizer is not None else found
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(layer: QATLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     live = layer._qat
     learned = [p for quantizer in layer_quantizers(layer) for p in quantizer.learned()]
@@ -270,9 +272,7 @@ class _QuantizedLayer(torch.autograd.Function):
                 _pull(w_hat, w, dw, quantizer, learns, scales)
                 for w_hat, w, dw, quantizer in zip(w_hats, fresh, dweights, call.weight_quantizers, strict=True)
             ]
-        dothers = [
-            None if d is None else d.to(t.dtype) for d, t in zip(dinputs[1:], inputs[1:], strict=True)
-        ]
+        dothers = [None if d is None else d.to(t.dtype) for d, t in zip(dinputs[1:], inputs[1:], strict=True)]
         dlearned = [
             scales.get(id(p), torch.zeros_like(p)) if need else None
             for p, need in zip(call.learned, needs[n + count :], strict=True)

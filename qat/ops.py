@@ -30,7 +30,7 @@ class LayerOp:
         return []
 
     def inputs(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensors:
-        """The tensors of one call, ready for `forward`: x first (differentiable preparation such as padding is done)."""
+        """The tensors of one call, ready for `forward`: x first (differentiable preparation, as padding, is done)."""
         (x,) = args if args else tuple(kwargs.values())
         return x, module.bias
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import io
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 
@@ -77,23 +77,14 @@ class Plan:
             weight = str(row.weight) if row.weight else f"float{f' ({row.note})' if row.note else ''}"
             cells = (row.name or "(the model)", row.type, row.rule or "-", weight, str(row.input or "float"))
             table.add_row(*cells, f"{row.params:,}")
-        console = Console(width=160, record=True, file=_Nowhere())
+        console = Console(width=160, record=True, file=io.StringIO())
         console.print(table)
         console.print(
             f"{self.coverage:.2f} % of {self.total_params:,} parameters on a grid; "
-            f"{len(self.rows)} layers quantized, {len(self.float_rows)} left in float; expected size {self.bytes:,} bytes"
+            f"{len(self.rows)} layers quantized, {len(self.float_rows)} left in float; "
+            f"expected size {self.bytes:,} bytes"
         )
         return console.export_text()
-
-
-class _Nowhere:
-    """A file that keeps nothing: the console's recording is what is wanted."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        return
 
 
 def spec_of(slot: Slot) -> QuantSpec:
@@ -130,7 +121,9 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
         if row is None:
             continue
         if row.quantized:
-            problems += [f"{name or 'the model'} (rule {row.rule}): {why}" for why in _row_reasons(row, module, parents)]
+            problems += [
+                f"{name or 'the model'} (rule {row.rule}): {why}" for why in _row_reasons(row, module, parents)
+            ]
         rows.append(row)
     for name, rule in recipe.rules.items():
         if not used[name] and not rule.optional:
@@ -214,7 +207,8 @@ def _no_type(asked: str) -> str:
     if asked == "MultiheadAttention":
         return "cannot be quantized: it reads its weights itself; quantize an attention made of Linear layers"
     near = difflib.get_close_matches(asked, TYPES, 1)
-    return f"is not a type that can be quantized{f'; did you mean {near[0]!r}?' if near else ''} (known: {', '.join(TYPES)})"
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"is not a type that can be quantized{hint} (known: {', '.join(TYPES)})"
 
 
 def _unmatched(name: str, rule: Rule, rows: list[PlanRow]) -> str:
@@ -248,7 +242,9 @@ def _tied_reasons(model: nn.Module, rows: list[PlanRow]) -> list[str]:
 def _totals(model: nn.Module, recipe: Recipe, rows: list[PlanRow], left: list[PlanRow]) -> Plan:
     counted: set[int] = set()
     kept = []
-    own = {id(p) for m in model.modules() for key, p in m._parameters.items() if p is not None and isinstance(m, Quantizer)}
+    own = {
+        id(p) for m in model.modules() for key, p in m._parameters.items() if p is not None and isinstance(m, Quantizer)
+    }
     for row in rows:
         module = model.get_submodule(row.name)
         fresh = [module._parameters[key] for key in row.kinds if id(module._parameters[key]) not in counted]

@@ -20,8 +20,16 @@ from torch import Tensor, nn
 
 from qat.bypass import close_fast_paths, reopen_fast_paths
 from qat.errors import QATError
-from qat.layers import Live, QATLayer, input_quantizer, layer_quantizers, layer_type, original_class, swapped_class
-from qat.layers import weight_quantizers
+from qat.layers import (
+    Live,
+    QATLayer,
+    input_quantizer,
+    layer_quantizers,
+    layer_type,
+    original_class,
+    swapped_class,
+    weight_quantizers,
+)
 from qat.layout import Layout
 from qat.plan import Plan, PlanRow, make_plan
 from qat.quantizers import Quantizer, make_quantizer
@@ -102,7 +110,8 @@ def _swap(layer: nn.Module, row: PlanRow, shared: dict[int, Quantizer]) -> None:
         first = next(w for w in weights.values() if w is not None)
         layer.add_module("input_quantizer", _made(row.input, Layout((1, 1), "tokens"), first, layer))
     layer.__dict__["_qat"] = Live(original=original_class(layer), op=entry[1])
-    layer.__class__ = swapped_class(type(layer))
+    swapped: Any = swapped_class(original_class(layer))
+    layer.__class__ = swapped
 
 
 def _made(spec: Any, layout: Layout, weight: Tensor, layer: nn.Module) -> Quantizer:
@@ -120,7 +129,7 @@ def unprepare(model: nn.Module) -> None:
     reopen_fast_paths(model)
     for layer in list(model.modules()):
         if isinstance(layer, QATLayer):
-            original = layer._qat.original
+            original: Any = layer._qat.original
             for name in [key for key, child in layer._modules.items() if isinstance(child, Quantizer)]:
                 del layer._modules[name]
             for name in [key for key, value in layer.__dict__.items() if isinstance(value, Quantizer)]:
@@ -208,10 +217,10 @@ def apply_schedule(model: nn.Module, step: int | None = None) -> State:
         state.record.step = step
     if state.schedule is None:
         state.schedule = schedule_of(model)
-    now = state.schedule.at(state.record.step)
+    now: State = state.schedule.at(state.record.step)
     if now == state.applied:
         return now
-    rules = {row.name: row.rule for row in state.plan.rows}
+    rules = {row.name: row.rule for row in state.known_plan().rows}
     prefix = _prefix(model, state)
     for name, layer in qat_layers(model).items():
         layer._qat.active, layer._qat.strength = now.active, now.strength
@@ -224,7 +233,7 @@ def apply_schedule(model: nn.Module, step: int | None = None) -> State:
 
 
 def _prefix(model: nn.Module, state: QATState) -> str:
-    name = next(name for name, module in model.named_modules() if module is state)
+    name: str = next(name for name, module in model.named_modules() if module is state)
     return name[: -len(CHILD)]
 
 
@@ -248,11 +257,11 @@ def after_optimizer_step(model: nn.Module) -> State:
     """Count one optimizer step: ranks agree on observed ranges, ranges move, the schedule goes on."""
     state = require_state(model)
     watching = [q for layer in qat_layers(model).values() if (q := input_quantizer(layer)) is not None]
-    scratch = [q.scratch for q in watching if isinstance(getattr(q, "scratch", None), Tensor)]
+    scratch: list[Tensor] = [q.scratch for q in watching if isinstance(getattr(q, "scratch", None), Tensor)]  # type: ignore[misc]
     if scratch and torch.distributed.is_available() and torch.distributed.is_initialized():
         joint = torch.cat([t.float() for t in scratch])
         torch.distributed.all_reduce(joint, torch.distributed.ReduceOp.MAX)
-        for t, agreed in zip(scratch, joint.split([t.numel() for t in scratch]), strict=True):
+        for t, agreed in zip(scratch, torch.split(joint, [t.numel() for t in scratch]), strict=True):
             t.copy_(agreed)
     for quantizer in watching:
         quantizer.commit()

@@ -24,7 +24,7 @@ def discover(package: str, base: type, entry_point_group: str) -> MappingProxyTy
     for point in entry_points(group=entry_point_group):
         point.load()
     found: dict[str, type[Any]] = {}
-    todo = list(base.__subclasses__())
+    todo: list[type[Any]] = list(base.__subclasses__())
     while todo:
         cls = todo.pop()
         todo.extend(cls.__subclasses__())

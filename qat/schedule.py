@@ -41,7 +41,9 @@ class Schedule:
 
     def at(self, step: int) -> State:
         """The state during optimizer step `step` (0 is the first)."""
-        start, name, phase = next(entry for entry in reversed(self.phases) if entry[0] <= step or entry is self.phases[0])
+        start, name, phase = next(
+            entry for entry in reversed(self.phases) if entry[0] <= step or entry is self.phases[0]
+        )
         if not phase.quantize:
             return State(name, active=False, strength=0.0, freeze_scales=phase.freeze_scales)
         strength = min(1.0, (step - start + 1) / (phase.ramp + 1)) if phase.ramp else 1.0

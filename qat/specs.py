@@ -50,7 +50,9 @@ class QuantSpec:
         if self.granularity not in GRANULARITIES:
             found.append(f"granularity={self.granularity!r} is unknown; use one of {', '.join(GRANULARITIES)}")
         if (self.granularity == "group") != (self.group_size is not None):
-            found.append(f"granularity={self.granularity!r} with group_size={self.group_size}; group_size goes with 'group'")
+            found.append(
+                f"granularity={self.granularity!r} with group_size={self.group_size}; group_size goes with 'group'"
+            )
         if self.group_size is not None and self.group_size < 1:
             found.append(f"group_size={self.group_size} is not positive")
         if self.zero_point not in ZERO_POINTS:

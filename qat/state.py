@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.errors import QATError
+
+if TYPE_CHECKING:
+    from qat.plan import Plan
+    from qat.schedule import Schedule, State
 
 VERSION = 1
 CHILD = "qat_state"
@@ -44,11 +48,16 @@ class QATState(nn.Module):
         super().__init__()
         self.record = Record(recipe=recipe)
         # set by prepare: the plan, and what the schedule applied last (never saved)
-        self.plan: Any = None
-        self.schedule: Any = None
-        self.applied: Any = None
+        self.plan: Plan | None = None
+        self.schedule: Schedule | None = None
+        self.applied: State | None = None
         # True once a checkpoint with quantizer state was loaded into this model
         self.restored = False
+
+    def known_plan(self) -> Plan:
+        """The plan that `prepare` made."""
+        assert self.plan is not None
+        return self.plan
 
     def get_extra_state(self) -> Tensor:
         return encode_record(self.record)
@@ -67,7 +76,8 @@ class QATState(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A float checkpoint has no record: keep this one.
         missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, *args[:2], missing, *args[3:])
+        rest = (*args[:2], missing, *args[3:])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def _structure(recipe: dict[str, Any]) -> Any:
@@ -87,7 +97,9 @@ def decode_record(state: Tensor) -> Record:
         version = data.pop("version")
         record = Record(**data)
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise QATError(f"the quantization record in this checkpoint cannot be read ({problem}); it is damaged") from None
+        raise QATError(
+            f"the quantization record in this checkpoint cannot be read ({problem}); it is damaged"
+        ) from None
     if version != VERSION:
         raise QATError(f"the quantization record has version {version}, this program reads {VERSION}; update qat")
     return record
@@ -102,7 +114,7 @@ def require_state(model: nn.Module) -> QATState:
     """Raises QATError if `model` is not prepared."""
     state = state_of(model)
     if state is None:
-        raise QATError(f"{type(model).__name__} is not prepared for quantization; call qat.prepare(model, recipe) first")
+        raise QATError(f"{type(model).__name__} is not prepared; call qat.prepare(model, recipe) first")
     return state
 
 

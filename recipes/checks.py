@@ -166,9 +166,7 @@ def _slot(slot: Slot, path: str, granularities: tuple[str, ...], quantizers: dic
         *_one_of(f"{path}.quantizer", slot.quantizer, known),
     ]
     if slot.granularity == "group" and slot.group_size is None:
-        found.append(
-            f"{path}.group_size: null is not allowed with granularity=group; give one, e.g. 32 or 128"
-        )
+        found.append(f"{path}.group_size: null is not allowed with granularity=group; give one, e.g. 32 or 128")
     if slot.granularity != "group" and slot.group_size is not None:
         found.append(
             f"{path}.group_size: {show(slot.group_size)} is not allowed with granularity={slot.granularity}; "

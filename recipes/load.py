@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +23,9 @@ from qat.errors import RecipeError
 from qat.recipes.checks import check
 from qat.recipes.schema import Recipe
 from qat.recipes.shape import nearest, plain_errors, shape_errors, show
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 # The largest preset has a few kilobytes; a megabyte is a wrong file.
 _LARGEST_FILE = 1 << 20
@@ -82,15 +85,15 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
         text = _read(Path(name))
     else:
         text = preset_text(name)
-    data = _parse(text, f"recipe {show(name)}")
+    data = _parse(text, f'recipe "{name}"')
     if not isinstance(data, dict):
-        raise RecipeError(f"recipe {show(name)}: the file holds {show(data)}; a recipe is a mapping, like name: x")
+        raise RecipeError(f'recipe "{name}": the file holds {show(data)}; a recipe is a mapping, like name: x')
     # The defaults that an override may address.
     data.setdefault("name", Path(name).stem)
     data.setdefault("phases", {"qat": {}})
     for override in [overrides] if isinstance(overrides, str) else overrides:
         _override(data, override)
-    return _build(data, f"recipe {show(name)}")
+    return _build(data, f'recipe "{name}"')
 
 
 def from_dict(data: Mapping[str, Any]) -> Recipe:
@@ -124,13 +127,14 @@ def _presets() -> Traversable:
 def _read(path: Path) -> str:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise RecipeError(f"recipe {show(str(path))}: the file {what}; presets: {', '.join(preset_names())}")
+        presets = ", ".join(preset_names())
+        raise RecipeError(f'recipe "{path}": the file {what}; presets: {presets}')
     if path.stat().st_size > _LARGEST_FILE:
-        raise RecipeError(f"recipe {show(str(path))}: the file is larger than 1 MiB, so it is not a recipe")
+        raise RecipeError(f'recipe "{path}": the file is larger than 1 MiB, so it is not a recipe')
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
-        raise RecipeError(f"recipe {show(str(path))}: the file cannot be read as UTF-8 text: {problem}") from None
+        raise RecipeError(f'recipe "{path}": the file cannot be read as UTF-8 text: {problem}') from None
 
 
 def _parse(text: str, where: str) -> Any:

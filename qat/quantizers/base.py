@@ -78,7 +78,7 @@ class Quantizer(nn.Module):
         self.build()
 
     def build(self) -> None:
-        """Create parameters and buffers, eagerly (a lazily made one would be an inference tensor or in no optimizer)."""
+        """Create parameters and buffers eagerly: a late one would be an inference tensor, or in no optimizer."""
 
     def init_from(self, w: Tensor) -> None:
         """Choose the starting state from the weight (shape `layout.shape`); nothing to choose by default."""
@@ -110,7 +110,9 @@ class Quantizer(nn.Module):
         if not (cls.for_activations if activation else cls.for_weights):
             found.append(f"quantizer={cls.name!r} is not for {'inputs' if activation else 'weights'}")
         if activation and cls.static_activations and spec.granularity != "tensor":
-            found.append(f"quantizer={cls.name!r} keeps one scale per input; use granularity=tensor, not {spec.granularity}")
+            found.append(
+                f"quantizer={cls.name!r} keeps one scale per input; use granularity=tensor, not {spec.granularity}"
+            )
         if activation and spec.granularity == "channel":
             found.append("an input has no output channels; use granularity=token or tensor")
         if not activation and spec.granularity == "token":
@@ -127,7 +129,7 @@ class Quantizer(nn.Module):
         """The layout of a weight is fixed; an activation's is its own shape."""
         return Layout(tuple(w.shape), "tokens") if self.layout.kind == "tokens" else self.layout
 
-    @final
+    @final  # type: ignore[misc]
     def forward(self, w: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """Fake-quantized `w`: same shape, `out_dtype` (default: dtype of w). Non-finite elements stay non-finite
         or clip; the scale stays finite."""
@@ -145,7 +147,7 @@ class Quantizer(nn.Module):
         """The codes and fields that `forward` used, as a QTensor. Raises QATError where w is not finite."""
         if not bool(torch.isfinite(w).all()):
             count = int((~torch.isfinite(w)).sum())
-            raise QATError(f"{count} of {w.numel()} numbers are not finite; there is no code for them (did the run diverge?)")
+            raise QATError(f"{count} of {w.numel()} numbers are not finite and have no code (did the run diverge?)")
         layout = self.rows_layout(w)
         with torch.autocast(device_type=w.device.type, enabled=False):
             rows = layout.to_rows(w).float()

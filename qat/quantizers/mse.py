@@ -35,7 +35,11 @@ def search(w_RK: Tensor, spec: QuantSpec) -> Fields:
         error = grouped((decode(codes, *found) - w_RK).square(), spec).sum(-1)
         better = error < least
         least = torch.where(better, error, least)
-        best = Fields(*(a if a is None or b is None else torch.where(better, b, a) for a, b in zip(best, found, strict=True)))
+        best = Fields(
+            torch.where(better, found.scale, best.scale),
+            None if best.zero is None or found.zero is None else torch.where(better, found.zero, best.zero),
+            None if best.minimum is None or found.minimum is None else torch.where(better, found.minimum, best.minimum),
+        )
     return best
 
 
@@ -52,6 +56,8 @@ class Stored(Quantizer):
         shape = (1, 1) if self.spec.granularity == "tensor" else (rows, self.spec.groups(columns))
         parts = self.spec.scale_grid.parts
         self.start_scale: Tensor
+        self.start_zero: Tensor | None
+        self.start_minimum: Tensor | None
         self.register_buffer("start_scale", split(torch.ones(shape), parts))
         self.register_buffer("start_zero", torch.zeros(1, *shape) if self.spec.zero_point == "int" else None)
         self.register_buffer("start_minimum", torch.zeros(parts, *shape) if self.spec.zero_point == "float" else None)
@@ -59,9 +65,9 @@ class Stored(Quantizer):
     def reset_parameters(self) -> None:
         """Called on modules that were made on the meta device; `init_from` gives the values their meaning."""
         self.start_scale.zero_()[0].fill_(1.0)
-        for name in ("start_zero", "start_minimum"):
-            if getattr(self, name) is not None:
-                getattr(self, name).zero_()
+        for start in (self.start_zero, self.start_minimum):
+            if start is not None:
+                start.zero_()
 
     @torch.no_grad()
     def init_from(self, w: Tensor) -> None:
@@ -73,9 +79,9 @@ class Stored(Quantizer):
         """Keep stored fields [R, G]."""
         parts = self.spec.scale_grid.parts
         self.start_scale.copy_(split(found.scale, parts))
-        if found.zero is not None:
+        if found.zero is not None and self.start_zero is not None:
             self.start_zero.copy_(found.zero.unsqueeze(0))
-        if found.minimum is not None:
+        if found.minimum is not None and self.start_minimum is not None:
             self.start_minimum.copy_(split(found.minimum, parts))
 
     def start(self) -> Fields:

@@ -1,0 +1,144 @@
+"""Packed files from trained integers: written in one pass, read back by their consumer, renamed into place."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qat.convert import Bundle, convert
+from qat.errors import ExportError, refuse_if
+from qat.export.atomic import refuse_target, replaced_folder
+from qat.export.format import Format, Row, TensorStream, read_back
+from qat.export.receipt import Receipt, file_records
+from qat.registry import discover, lookup
+
+__all__ = ["Format", "Receipt", "Row", "export", "formats", "get_format", "rehearse_export"]
+
+log = logging.getLogger(__name__)
+_WEIGHTS = ("last", "best", "ema")
+
+
+def formats() -> dict[str, type[Format]]:
+    """Name -> class, of every format in `qat/export/formats/` and of every `qat.formats` entry point."""
+    return dict(discover("qat.export.formats", Format, "qat.formats"))
+
+
+def get_format(name: str) -> Format:
+    """The format called `name`; raises QATError that lists the known names."""
+    found = discover("qat.export.formats", Format, "qat.formats")
+    return lookup(found, name, "format")()  # type: ignore[no-any-return]
+
+
+def export(
+    model_or_bundle: nn.Module | Bundle,
+    folder: str | PathLike[str],
+    format: str = "gguf",
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    weights: str | None = None,
+) -> Receipt:
+    """Write the trained integers of a prepared model to `folder` and prove that they are what the file holds.
+
+    `tokenizer` is a transformers tokenizer or a folder that holds one. `weights` (last | best | ema) is only recorded.
+    The files are written beside `folder`, read back by the consumer's own code, compared, and renamed into place: on any
+    error nothing is left. Under torch.distributed every rank calls this; rank 0 writes.
+
+    Raises ExportError if the format cannot hold the model exactly (all reasons at once), if `folder` is in the way, or
+    if anything read back differs from what was trained.
+    """
+    if weights is not None and weights not in _WEIGHTS:
+        raise ExportError(f"weights={weights!r} is unknown; use one of {', '.join(_WEIGHTS)}")
+    fmt = get_format(format)
+    if isinstance(model_or_bundle, Bundle):
+        bundle = model_or_bundle
+    else:
+        bundle = convert(model_or_bundle)
+    bundle.weights = weights or bundle.weights
+    target = Path(folder).absolute()
+    if _rank() == 0:
+        refuse_target(target, overwrite)
+    refuse_if(fmt.check(bundle, tokenizer), f"{format} cannot hold this model", ExportError)
+    receipt = _together(lambda stream: _write_in_place(fmt, stream, target, tokenizer), TensorStream(bundle))
+    log.info("%s: %d tensors, %d bytes, read back by %s", target, len(receipt.tensors), receipt.bytes, receipt.reader)
+    return receipt
+
+
+def rehearse_export(bundle: Bundle, format: str, tokenizer: Any = None) -> Receipt:
+    """Export into a temporary folder, read back, compare, delete: what step 0 should prove. Raises as `export` does."""
+    fmt = get_format(format)
+    refuse_if(fmt.check(bundle, tokenizer), f"{format} cannot hold this model", ExportError)
+
+    def write(stream: TensorStream) -> Receipt:
+        with tempfile.TemporaryDirectory(prefix="qat-rehearsal-") as folder:
+            return _write(fmt, stream, Path(folder), tokenizer)
+
+    return _together(write, TensorStream(bundle))
+
+
+def _write_in_place(fmt: Format, stream: TensorStream, target: Path, tokenizer: Any) -> Receipt:
+    with replaced_folder(target) as fresh:
+        return _write(fmt, stream, fresh, tokenizer)
+
+
+def _write(fmt: Format, stream: TensorStream, folder: Path, tokenizer: Any) -> Receipt:
+    bundle = stream.bundle
+    fmt.write(stream, folder, tokenizer)
+    read_back(fmt, folder, stream.records, None if _world() > 1 else bundle)
+    receipt = Receipt(
+        format=fmt.name,
+        weights=bundle.weights,
+        step=bundle.step,
+        recipe=bundle.recipe,
+        tensors=stream.records,
+        files=file_records(folder),
+        reader=fmt.reader(),
+        versions={"torch": torch.__version__, "qat": _version(), **fmt.versions()},
+    )
+    receipt.save(folder)
+    return receipt
+
+
+def _together(write: Any, stream: TensorStream) -> Receipt:
+    """`write(stream)` on rank 0 while the others go through the same stream; all return its receipt or all raise."""
+    if _world() == 1:
+        return write(stream)  # type: ignore[no-any-return]
+    outcome: list[Any] = [None]
+    problem: BaseException | None = None
+    if _rank() == 0:
+        try:
+            outcome[0] = write(stream)
+        except Exception as raised:  # handed to every rank below, so that none waits for ever
+            problem = raised
+            outcome[0] = ExportError(str(raised))
+    stream.drain()
+    dist.broadcast_object_list(outcome, src=0)
+    if problem is not None:
+        raise problem
+    if isinstance(outcome[0], ExportError):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[no-any-return]
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if _world() > 1 else 0
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("lightning-qat")
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,198 @@
+"""`Format`: how a Bundle lies in a file. A format registers by living in `qat/export/formats/`.
+
+    check(plan or bundle)       why it cannot be written; empty means it can
+    pack / unpack               one QTensor to the tensors of the file, and our own inverse
+    write(stream, folder)       the files, tensor by tensor
+    read(folder)                (name, weight) as the consumer's own code computes it
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qat.convert import Bundle
+from qat.errors import ExportError
+from qat.export.receipt import TensorRecord
+from qat.layout import Layout
+from qat.plan import Plan, PlanRow
+from qat.qtensor import QTensor, tensor_sha256
+from qat.specs import QuantSpec
+
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that will come, before it is computed: `spec` None for a float one."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    spec: QuantSpec | None
+
+
+class TensorStream:
+    """The tensors of a bundle in one fixed order, once, each with its record for the receipt.
+
+    Quantized ones first, then the floats; a parameter that the model itself ties to another (output head to embedding)
+    is not listed twice. Every rank of a distributed run must go through it to the end: an access may be collective.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.records: list[TensorRecord] = []
+        self.entries = [*self._quantized(), *self._floats()]
+        self._iterator = self._run()
+
+    def __iter__(self) -> Iterator[tuple[Entry, QTensor | Tensor]]:
+        return self._iterator
+
+    def drain(self) -> None:
+        """Go through what is left, for the ranks that do not write and for a writer that failed."""
+        for _ in self._iterator:
+            continue
+
+    def _quantized(self) -> list[Entry]:
+        shapes = self.bundle.shapes()
+        entries = []
+        for name, spec in self.bundle.specs().items():
+            entries.append(Entry(name, shapes[name], self.bundle.dtypes(name)[1], spec))
+        return entries
+
+    def _floats(self) -> list[Entry]:
+        tied = declared_ties(self.bundle.module)
+        live = self.bundle.module.state_dict(keep_vars=True)
+        return [
+            Entry(name, tuple(live[name].shape), live[name].dtype, None)
+            for name in self.bundle.floats
+            if not (name in tied and tied[name] in live and live[tied[name]] is live[name])
+        ]
+
+    def _run(self) -> Iterator[tuple[Entry, QTensor | Tensor]]:
+        floats = self.bundle.floats
+        for entry in self.entries:
+            value = self.bundle[entry.name] if entry.spec is not None else floats[entry.name].detach().cpu()
+            weight = value.dequantize() if isinstance(value, QTensor) else value
+            spec = None if entry.spec is None else entry.spec.to_dict()
+            dtype = str(weight.dtype).removeprefix("torch.")
+            self.records.append(TensorRecord(entry.name, spec, list(weight.shape), dtype, tensor_sha256(weight)))
+            yield entry, value
+
+
+def declared_ties(module: nn.Module) -> dict[str, str]:
+    """Parameter -> the one it is tied to, as a transformers model declares it; {} for any other module."""
+    ties = getattr(module, "all_tied_weights_keys", None)
+    return dict(ties) if isinstance(ties, dict) else {}
+
+
+class Format(ABC):
+    """One file format. `needs` says what it is made from: "tensors", or a "graph"."""
+
+    name: ClassVar[str] = ""
+    needs: ClassVar[str] = "tensors"
+
+    def check(self, source: Plan | Bundle, tokenizer: Any = None) -> list[str]:
+        """Why `source` cannot be written exactly, each reason naming layers and the fix; empty means it can.
+
+        A plan is checked for its grids only (that is all that is known before training); a bundle for everything.
+        """
+        plan = source if isinstance(source, Plan) else source.plan
+        found: dict[str, list[str]] = {}
+        for row in plan.rows:
+            for why in self.row_reasons(row):
+                found.setdefault(why, []).append(row.name or "the model")
+        reasons = [f"{_names(names)}: {why}" for why, names in found.items()]
+        if isinstance(source, Bundle):
+            reasons += self.model_reasons(source, tokenizer)
+        return reasons
+
+    @abstractmethod
+    def row_reasons(self, row: PlanRow) -> list[str]:
+        """Why this layer's grids do not fit."""
+
+    @abstractmethod
+    def model_reasons(self, bundle: Bundle, tokenizer: Any) -> list[str]:
+        """Why this model (its architecture, dtype, tokenizer) does not fit."""
+
+    @abstractmethod
+    def pack(self, name: str, weight: QTensor) -> dict[str, Tensor]:
+        """The tensors of the file for parameter `name`."""
+
+    @abstractmethod
+    def unpack(self, packed: dict[str, Tensor], spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> QTensor:
+        """Our own inverse of `pack`."""
+
+    @abstractmethod
+    def write(self, stream: TensorStream, folder: Path, tokenizer: Any) -> None:
+        """All files but the receipt, from one pass over `stream`."""
+
+    @abstractmethod
+    def read(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
+        """(parameter name, weight) for every tensor in the files, by the consumer's own code where it is installed.
+
+        Raises ExportError for a damaged file.
+        """
+
+    @abstractmethod
+    def reader(self) -> str:
+        """Whose code `read` uses: package and version, or "qat" for our own."""
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the packages that write and read this format, for the receipt."""
+        return {}
+
+
+def _names(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor that was read back: equal to what was trained, or there is no row."""
+
+    name: str
+    spec: str
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+    max_abs_diff: float
+    reader: str
+
+
+def read_back(fmt: Format, folder: Path, records: list[TensorRecord], bundle: Bundle | None = None) -> list[Row]:
+    """Read every tensor with the consumer's own code and compare it with its record.
+
+    Raises ExportError for a tensor that is missing, unknown or different (with the largest difference, if `bundle` is
+    given to compare with).
+    """
+    wanted = {record.name: record for record in records}
+    rows: list[Row] = []
+    for name, weight in fmt.read(folder):
+        record = wanted.pop(name, None)
+        if record is None:
+            raise ExportError(f"{folder}: tensor {name!r} is in the files but not in the receipt")
+        if list(weight.shape) != record.shape:
+            raise ExportError(f"{folder}: {name} has shape {list(weight.shape)}, the receipt says {record.shape}")
+        seen = weight.to(record.torch_dtype)
+        if tensor_sha256(seen) != record.sha256:
+            raise ExportError(f"{folder}: {name} read back by {fmt.reader()} is not the trained weight{_by(seen, name, bundle)}")
+        spec = "float" if record.spec is None else str(QuantSpec.from_dict(record.spec))
+        rows.append(Row(name, spec, tuple(record.shape), record.dtype, record.sha256, 0.0, fmt.reader()))
+    if wanted:
+        raise ExportError(f"{folder}: {len(wanted)} tensors of the receipt are not in the files, {next(iter(wanted))} for one")
+    return rows
+
+
+def _by(seen: Tensor, name: str, bundle: Bundle | None) -> str:
+    if bundle is None:
+        return ""
+    trained = bundle[name].dequantize() if name in bundle else bundle.floats[name]
+    return f" (largest difference {(seen.double() - trained.detach().cpu().double()).abs().max().item():.3g})"

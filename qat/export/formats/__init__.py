@@ -1,0 +1,1 @@
+"""One file per format; a class here is known by its `name`."""

@@ -1,0 +1,178 @@
+"""Wrong recipes, one mistake each: the message starts with the key path and says what is allowed."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from qat.errors import RecipeError
+from qat.recipes import from_dict
+
+RIGHT: dict[str, Any] = {
+    "name": "right",
+    "rules": {
+        "linears": {
+            "match": ["*"],
+            "types": ["Linear"],
+            "weight": {"bits": 4, "granularity": "group", "group_size": 32, "quantizer": "lsq"},
+            "input": {"bits": 8, "granularity": "token", "quantizer": "absmax"},
+        },
+        "head": {"match": ["*lm_head"], "keep_float": True, "optional": True},
+    },
+    "phases": {"wait": {"steps": 10, "quantize": False}, "qat": {"steps": -1}},
+}
+W = "rules.linears.weight"
+I = "rules.linears.input"  # noqa: E741
+
+# (what is set, the start of the message, a part of its rest)
+WRONG: list[tuple[dict[str, Any], str, str]] = [
+    # unknown keys
+    ({"nmae": "x"}, "nmae: unknown key", 'did you mean "name"?; allowed: name, description'),
+    ({"rules.linears.wieght": {}}, "rules.linears.wieght: unknown key", 'did you mean "weight"?'),
+    ({f"{W}.group": 32}, f"{W}.group: unknown key", "allowed: bits, granularity, group_size"),
+    ({"phases.qat.step": 3}, "phases.qat.step: unknown key", 'did you mean "steps"?'),
+    ({"distill": {"teachr": "x"}}, "distill.teachr: unknown key", 'did you mean "teacher"?'),
+    ({"export": {"target": []}}, "export.target: unknown key", 'did you mean "targets"?'),
+    ({"train": {"learning_rate": 1}}, "train.learning_rate: unknown key", "allowed: task, model"),
+    # wrong types
+    ({"name": 3}, "name: 3 is not allowed", "give text"),
+    ({"name": None}, "name: null is not allowed", "give text"),
+    ({"strict": "yes"}, 'strict: "yes" is not allowed', "give true or false"),
+    ({"rules": []}, "rules: [] is not a mapping", ""),
+    ({"rules.linears": "all"}, 'rules.linears: "all" is not a mapping', "allowed keys: match"),
+    ({"rules.linears.match": "*"}, 'rules.linears.match: "*" is not a list', 'write ["*"]'),
+    ({"rules.linears.match": [1]}, "rules.linears.match[0]: 1 is not allowed", "give text"),
+    ({W: 4}, f"{W}: 4 is not a mapping", "allowed keys: bits"),
+    ({f"{W}.bits": "4"}, f'{W}.bits: "4" is not allowed', "give a whole number"),
+    ({f"{W}.bits": 4.0}, f"{W}.bits: 4.0 is not allowed", "give a whole number"),
+    ({f"{W}.bits": True}, f"{W}.bits: true is not allowed", "give a whole number"),
+    ({f"{W}.bits": None}, f"{W}.bits: null is not allowed", "give a whole number"),
+    ({f"{W}.zero_point": None}, f"{W}.zero_point: null is not allowed", "give text"),
+    ({"phases": "qat"}, 'phases: "qat" is not a mapping', ""),
+    ({"phases.qat.bits": {"linears": "8"}}, 'phases.qat.bits.linears: "8" is not allowed', "give a whole number"),
+    ({"export": None}, "export: null is not a mapping", "allowed keys: targets"),
+    ({"train": {"lr": "fast"}}, 'train.lr: "fast" is not allowed', "give a number"),
+    ({"train": {"data": None}}, "train.data: null is not a list", "write []"),
+    ({"train": {"data": "corpus.txt"}}, 'train.data: "corpus.txt" is not a list', 'write ["corpus.txt"]'),
+    # values
+    ({"name": "../up"}, 'name: "../up" is not allowed', "use letters, digits"),
+    ({f"{W}.bits": 0}, f"{W}.bits: 0 is not allowed", "allowed: 1..8"),
+    ({f"{W}.bits": 9}, f"{W}.bits: 9 is not allowed", "allowed: 1..8"),
+    ({f"{I}.bits": 16}, f"{I}.bits: 16 is not allowed", "allowed: 1..8"),
+    ({f"{W}.granularity": "groups"}, f'{W}.granularity: "groups" is not allowed', 'did you mean "group"?'),
+    ({f"{W}.zero_point": "zero"}, f'{W}.zero_point: "zero" is not allowed', "allowed: none, int, float"),
+    ({f"{W}.scale": "fp8"}, f'{W}.scale: "fp8" is not allowed', "allowed: portable, fp32, fp16, bf16"),
+    ({f"{W}.grid": "nf4"}, f'{W}.grid: "nf4" is not allowed', "allowed: int"),
+    ({f"{W}.quantizer": "lqs"}, f'{W}.quantizer: "lqs" is not allowed', 'did you mean "lsq"?'),
+    ({f"{W}.quantizer": "ema"}, f'{W}.quantizer: "ema" is not allowed', "allowed: absmax, minmax, mse, lsq"),
+    ({f"{I}.quantizer": "mse"}, f'{I}.quantizer: "mse" is not allowed', "allowed: absmax, minmax, lsq, ema"),
+    ({f"{W}.group_size": 0}, f"{W}.group_size: 0 is not allowed", "allowed: 1 or more"),
+    # combinations within a slot
+    ({f"{W}.group_size": None}, f"{W}.group_size: null is not allowed with granularity=group", "give one"),
+    ({f"{W}.granularity": "channel"}, f"{W}.group_size: 32 is not allowed with granularity=channel", "null"),
+    ({f"{W}.granularity": "token"}, f'{W}.granularity: "token" is not allowed', "allowed: tensor, channel, group"),
+    ({f"{I}.granularity": "channel"}, f'{I}.granularity: "channel" is not allowed', "allowed: tensor, token"),
+    ({f"{I}.quantizer": "ema"}, f'{I}.granularity: "token" is not allowed with quantizer=ema', "allowed: tensor"),
+    ({f"{I}.quantizer": "lsq"}, f'{I}.granularity: "token" is not allowed with quantizer=lsq', "allowed: tensor"),
+    ({f"{W}.bits": 1, f"{W}.narrow": True}, f"{W}.bits: 1 is not allowed with narrow=true", "allowed: 2..8"),
+    ({f"{W}.zero_point": "int", f"{W}.narrow": True}, f"{W}.narrow: true is not allowed for unsigned", "false"),
+    ({f"{I}.signed": False, f"{I}.narrow": True}, f"{I}.narrow: true is not allowed for unsigned", "allowed: false"),
+    ({f"{W}.zero_point": "float", f"{W}.signed": True}, f"{W}.signed: true is not allowed", "null, false"),
+    ({f"{W}.signed": False}, f"{W}.signed: false is not allowed with zero_point=none", "zero_point=int or float"),
+    ({f"{W}.quantizer": "minmax"}, f'{W}.zero_point: "none" is not allowed with quantizer=minmax', "int, float"),
+    ({f"{I}.zero_point": "int"}, f'{I}.zero_point: "int" is not allowed with quantizer=absmax', "allowed: none"),
+    # rules
+    ({"rules": {}}, "rules: there is no rule", "add one"),
+    ({"rules.linears": None}, "rules: no rule has a weight or an input", "add one"),
+    ({"rules.empty": {"match": ["*"]}}, "rules.empty: the rule does nothing", "keep_float: true"),
+    ({"rules.linears.keep_float": True}, "rules.linears.keep_float: true is not allowed beside", "leave one of them"),
+    ({"rules.linears.match": []}, "rules.linears.match: [] matches nothing", 'write ["*"]'),
+    ({"rules.linears.match": [""]}, 'rules.linears.match[0]: "" matches nothing', "glob"),
+    ({"rules.linears.match": ["*", "re:("]}, 'rules.linears.match[1]: "re:(" is not a regular expression', ""),
+    ({"rules.linears.types": ["nn.Linear"]}, 'rules.linears.types[0]: "nn.Linear" is not the short name', "Linear"),
+    # phases
+    ({"phases": {}}, "phases: there is none", "qat: {steps: -1}"),
+    ({"phases.qat.steps": 100}, "phases.qat.steps: 100 is not allowed in the last phase", "allowed: -1"),
+    ({"phases.wait.steps": -1}, "phases.wait.steps: -1 is not allowed before the last", "allowed: 0 or more"),
+    ({"phases.wait.steps": -7}, "phases.wait.steps: -7 is not allowed before the last", "allowed: 0 or more"),
+    ({"phases.qat.ramp": -1}, "phases.qat.ramp: -1 is not allowed", "allowed: 0 or more"),
+    ({"phases.wait.ramp": 5}, "phases.wait.ramp: 5 is not allowed with quantize=false", "allowed: 0"),
+    ({"phases.wait": {"steps": 4, "ramp": 5}}, "phases.wait.ramp: 5 is longer than the phase", "allowed: 0..4"),
+    ({"phases.qat.quantize": False}, "phases: none of them quantizes", "quantize: true"),
+    ({"phases.qat.bits": {"linear": 8}}, "phases.qat.bits.linear: there is no such rule", 'did you mean "linears"?'),
+    ({"phases.qat.bits": {"head": 8}}, "phases.qat.bits.head: the rule has no weight", "allowed: linears"),
+    ({"phases.qat.bits": {"linears": 12}}, "phases.qat.bits.linears: 12 is not allowed", "allowed: 1..8"),
+    ({"phases.wait.bits": {"linears": 8}}, 'phases.wait.bits: {"linears": 8} is not allowed with', "quantize=false"),
+    (
+        {"phases.qat.bits": {"linears": 8}, f"{W}.zero_point": "int"},
+        "phases.qat.bits.linears: 8 is not allowed for a weight with zero_point=int and quantizer=lsq",
+        "quantizer=absmax or minmax",
+    ),
+    # distillation, export, training
+    ({"distill": {"loss": "ce"}}, 'distill.loss: "ce" is not allowed', "allowed: kl, mse, cosine"),
+    ({"distill": {"weight": 1.5}}, "distill.weight: 1.5 is not allowed", "allowed: [0, 1]"),
+    ({"distill": {"enabled": True, "weight": 0}}, "distill.weight: 0 is not allowed with enabled=true", "(0, 1]"),
+    ({"distill": {"temperature": 0}}, "distill.temperature: 0", "allowed: more than 0"),
+    ({"export": {"targets": ["ggfu"]}}, 'export.targets[0]: "ggfu" is not allowed', 'did you mean "gguf"?'),
+    ({"export": {"targets": ["gguf", "gguf"]}}, 'export.targets[1]: "gguf" is there twice', "leave one out"),
+    ({"train": {"task": "lm"}}, 'train.task: "lm" is not allowed', "allowed: causal_lm, image_classification"),
+    ({"train": {"scheduler": "linear"}}, 'train.scheduler: "linear" is not allowed', "allowed: cosine, constant"),
+    ({"train": {"precision": "int8"}}, 'train.precision: "int8" is not allowed', "allowed: 32-true"),
+    ({"train": {"precision": 32}}, "train.precision: 32 is not allowed", "give text"),
+    ({"train": {"logger": "tb"}}, 'train.logger: "tb" is not allowed', "allowed: none, csv, wandb"),
+    ({"train": {"lr": 0}}, "train.lr: 0.0 is not allowed", "more than 0"),
+    ({"train": {"betas": [0.9]}}, "train.betas: [0.9] is not allowed", "two numbers"),
+    ({"train": {"betas": [0.9, 1.0]}}, "train.betas[1]: 1.0 is not allowed", "allowed: [0, 1)"),
+    ({"train": {"val_fraction": 1}}, "train.val_fraction: 1.0 is not allowed", "allowed: [0, 1)"),
+    ({"train": {"max_steps": 0}}, "train.max_steps: 0 is not allowed", "allowed: 1 or more"),
+    ({"train": {"seed": -1}}, "train.seed: -1 is not allowed", "allowed: 0 or more"),
+    ({"train": {"text_key": ""}}, 'train.text_key: "" is not allowed', "leave it out"),
+]
+
+# Unusual, and right.
+RIGHT_TOO: list[dict[str, Any]] = [
+    {},
+    {f"{I}.signed": False},
+    {f"{I}": {"bits": 8, "granularity": "tensor", "quantizer": "ema"}},
+    {f"{I}": {"bits": 4, "granularity": "tensor", "quantizer": "lsq", "zero_point": "int"}},
+    {f"{I}.quantizer": "minmax", f"{I}.zero_point": "float"},
+    {f"{W}.bits": 1},
+    {f"{W}.bits": 2, f"{W}.narrow": True},
+    {f"{W}.zero_point": "int", f"{W}.quantizer": "minmax", "phases.qat.bits": {"linears": 8}},
+    {f"{W}.zero_point": "float", f"{W}.quantizer": "mse"},
+    {"phases.qat.bits": {"linears": 8}},
+    {"rules.head": None},
+    {"phases.wait.steps": 0},
+    {"train": {"devices": 4, "lr": 1}},
+    {"export": {"targets": ["gguf", "compressed-tensors"]}},
+]
+
+
+def changed(change: dict[str, Any]) -> dict[str, Any]:
+    data = copy.deepcopy(RIGHT)
+    for path, value in change.items():
+        *parents, last = path.split(".")
+        node = data
+        for part in parents:
+            node = node[part]
+        node[last] = value
+    return data
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(WRONG) >= 40
+
+
+@pytest.mark.parametrize("change", RIGHT_TOO, ids=str)
+def test_right_recipes_pass(change: dict[str, Any]) -> None:
+    from_dict(changed(change))
+
+
+@pytest.mark.parametrize(("change", "start", "rest"), WRONG, ids=[start for _, start, _ in WRONG])
+def test_wrong_recipes_are_refused_in_one_sentence(change: dict[str, Any], start: str, rest: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        from_dict(changed(change))
+    message = str(error.value)
+    at = f"; {message.removeprefix('recipe: ')}".find(f"; {start}")
+    assert at >= 0 and rest in message, message
+    assert "\n" not in message
