@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -88,10 +89,18 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = {w.untyped_storage().data_ptr(): name for name, w in weights.items() if w.numel()}
         self.found: dict[str, str] = {}
+        # an optimizer reads the weights too (manual optimization steps inside training_step)
+        self.paused = False
+
+    def pause(self, *_: Any) -> None:
+        self.paused = True
+
+    def go_on(self, *_: Any) -> None:
+        self.paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if is_inside():
+        if self.paused or is_inside():
             return out
         touched = {self._owner(leaf) for leaf in tree_leaves((args, kwargs))} - {None}
         # a view or an in-place result hands the weight on; only an op with a fresh result has used it
@@ -114,8 +123,13 @@ def watched(model: nn.Module) -> Iterator[None]:
     """
     weights = {name: w for name, w in planned_weights(model).items() if type(w) in (Tensor, nn.Parameter)}
     watch = _Watch(weights)
-    with watch:
-        yield
+    hooks = [register_optimizer_step_pre_hook(watch.pause), register_optimizer_step_post_hook(watch.go_on)]
+    try:
+        with watch:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
     if watch.found:
         name, op = next(iter(watch.found.items()))
         raise QATError(

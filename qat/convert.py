@@ -45,7 +45,8 @@ class Bundle(Mapping[str, QTensor]):
         self.recipe: dict[str, Any] = state.record.recipe
         self.step: int = state.record.step
         self.weights = weights
-        self._dtypes = {name.removeprefix(inner): dtypes for name, dtypes in state.record.dtypes.items()}
+        # the record names layers as the prepared root does
+        self._dtypes = {f"{root}{name}".removeprefix(inner): dtypes for name, dtypes in state.record.dtypes.items()}
         self._where: dict[str, tuple[QATLayer, str, Quantizer]] = {}
         self.tied: dict[str, str] = {}
         owners: dict[int, str] = {}
@@ -177,8 +178,12 @@ def load_from_checkpoint(path: str | PathLike[str], model: nn.Module) -> nn.Modu
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:
-        raise QATError(f"{path} is not a checkpoint that can be read without running code: {problem}") from None
-    entries: dict[str, Any] = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+        why = str(problem).partition("\n")[0].partition(". ")[0] or type(problem).__name__
+        raise QATError(f"{path} is not a checkpoint that can be read without running code: {why}") from None
+    found = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(found, dict):
+        raise QATError(f"{path} holds no state dict but a {type(loaded if found is None else found).__name__}")
+    entries: dict[str, Any] = {key: value for key, value in found.items() if isinstance(key, str)}
     prefix, record = find_record(entries)
     entries = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
     holder = _holder(model, entries, path)
@@ -187,6 +192,10 @@ def load_from_checkpoint(path: str | PathLike[str], model: nn.Module) -> nn.Modu
     missing = [key for key in wanted if key not in entries]
     if missing:
         raise QATError(f"{path} lacks {len(missing)} entries that the model has, {missing[0]!r} for one")
+    for key, value in holder.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and value.is_floating_point() and isinstance(entries[key], Tensor):
+            # the dtype that was trained, not the one that `model` happens to have: copying would round
+            value.data = value.data.to(entries[key].dtype)
     try:
         holder.load_state_dict({key: entries[key] for key in wanted})
     except RuntimeError as problem:

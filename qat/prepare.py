@@ -59,7 +59,9 @@ def prepare(model: nn.Module, recipe: Recipe | str | PathLike[str], *, search: b
     and QATError where the recipe does not fit the model (see `qat.plan.make_plan`).
     """
     recipe = as_recipe(recipe)
+    model = prepared_root(model)
     found = make_plan(model, recipe)
+    _refuse_sharded(model, found)
     state = state_of(model)
     if state is None:
         state = QATState(to_dict(recipe))
@@ -67,18 +69,36 @@ def prepare(model: nn.Module, recipe: Recipe | str | PathLike[str], *, search: b
     elif state.record.recipe != to_dict(recipe):
         raise QATError("this model is already prepared with another recipe; call qat.unprepare(model) first")
     shared: dict[int, Quantizer] = _existing(model)
+    fresh: dict[str, QATLayer] = {}
     for row in found.rows:
         layer = model.get_submodule(row.name)
         if not isinstance(layer, QATLayer):
             _swap(layer, row, shared)
+            fresh[row.name] = layer  # type: ignore[assignment]
     close_fast_paths(model)
     state.plan = found
     state.applied = None
-    if search:
-        initialize(model)
+    if search and fresh:
+        _search_scales(fresh, force=False)
+        state.record.initialized = True
     apply_schedule(model)
     log.info("%d layers prepared, %.2f %% of the parameters", len(found.rows), found.coverage)
     return found
+
+
+def _refuse_sharded(model: nn.Module, found: Plan) -> None:
+    """Scales have to exist before sharding, or they would be whole beside sharded weights."""
+    for row in found.rows:
+        layer = model.get_submodule(row.name)
+        if not isinstance(layer, QATLayer) and any(hasattr(layer._parameters[key], "placements") for key in row.kinds):
+            raise QATError(
+                f"{row.name} is already sharded; call qat.prepare(model, recipe) in configure_model before fully_shard"
+            )
+
+
+def prepared_root(model: nn.Module) -> nn.Module:
+    """The module at or below `model` that was prepared; `model` itself if none was."""
+    return next((m for m in model.modules() if isinstance(m._modules.get(CHILD), QATState)), model)
 
 
 def _existing(model: nn.Module) -> dict[int, Quantizer]:
@@ -99,10 +119,6 @@ def _swap(layer: nn.Module, row: PlanRow, shared: dict[int, Quantizer]) -> None:
             # one quantizer per parameter: its first layer owns it, the others only refer to it (no second set of keys)
             layer.__dict__[f"{key}_quantizer"] = tied
             continue
-        if hasattr(weight, "placements"):
-            raise QATError(
-                f"{row.name} is already sharded; call qat.prepare(model, recipe) in configure_model before fully_shard"
-            )
         quantizer = _made(row.weight, Layout(tuple(weight.shape), row.kinds[key]), weight, layer)
         layer.add_module(f"{key}_quantizer", quantizer)
         shared[id(weight)] = quantizer
@@ -162,7 +178,13 @@ def initialize(model: nn.Module, *, force: bool = False) -> None:
     is not finite.
     """
     state = require_state(model)
-    for name, layer in qat_layers(model).items():
+    _search_scales(qat_layers(model), force)
+    state.record.initialized = True
+
+
+@torch.no_grad()
+def _search_scales(layers: dict[str, QATLayer], force: bool) -> None:
+    for name, layer in layers.items():
         for key, quantizer in weight_quantizers(layer).items():
             weight = layer._parameters[key]
             assert weight is not None
@@ -179,7 +201,6 @@ def initialize(model: nn.Module, *, force: bool = False) -> None:
             for parameter in quantizer.learned():
                 parameter.zero_()
             quantizer.__dict__["searched"] = token
-    state.record.initialized = True
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -266,13 +287,28 @@ def after_optimizer_step(model: nn.Module) -> State:
     for quantizer in watching:
         quantizer.commit()
     remember_dtypes(model)
-    return apply_schedule(model, state.record.step + 1)
+    before = apply_schedule(model)
+    now = apply_schedule(model, state.record.step + 1)
+    if now.active and not before.active:
+        # a delayed start: the scales are searched on the weights of this moment, not on those of step 0
+        initialize(model, force=True)
+        for quantizer in watching:
+            quantizer.restart()
+    return now
+
+
+def forget_observed(model: nn.Module) -> None:
+    """Drop what inputs showed since the last optimizer step (a learning-rate finder's steps, say)."""
+    for layer in qat_layers(model).values():
+        quantizer = input_quantizer(layer)
+        if quantizer is not None:
+            quantizer.forget()
 
 
 def remember_dtypes(model: nn.Module) -> None:
     """Write the dtypes of the last quantized forward into the record, for export from a checkpoint."""
     state = require_state(model)
-    for name, layer in qat_layers(model).items():
+    for name, layer in qat_layers(prepared_root(model)).items():
         live = layer._qat
         if live.out_dtype is not None and live.latent_dtype is not None:
             state.record.dtypes[name] = [str(live.latent_dtype)[6:], str(live.out_dtype)[6:]]

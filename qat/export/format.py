@@ -48,6 +48,8 @@ class TensorStream:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.records: list[TensorRecord] = []
+        # layer -> (spec, fields of a static range or None)
+        self.inputs = bundle.inputs
         self.entries = [*self._quantized(), *self._floats()]
         self._iterator = self._run()
 
@@ -110,6 +112,9 @@ class Format(ABC):
                 found.setdefault(why, []).append(row.name or "the model")
         reasons = [f"{_names(names)}: {why}" for why, names in found.items()]
         if isinstance(source, Bundle):
+            lost = [row.name for row in plan.rows if not row.name.startswith(source.prefix)]
+            if lost:
+                reasons.append(f"{_names(lost)}: outside the transformers model, so not in the file; keep_float: true")
             reasons += self.model_reasons(source, tokenizer)
         return reasons
 

@@ -97,6 +97,12 @@ class Quantizer(nn.Module):
     def commit(self) -> None:
         """Once per optimizer step: move scratch into buffers."""
 
+    def forget(self) -> None:
+        """Drop scratch that was not committed."""
+
+    def restart(self) -> None:
+        """Quantization begins now: a range that settles on its first input looks again."""
+
     def freeze(self) -> None:
         """Make the present scale the stored one for good; called once, with whole (gathered) parameters."""
 

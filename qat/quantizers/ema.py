@@ -33,6 +33,13 @@ class Ema(Quantizer):
         self.register_buffer("seen", torch.zeros(1))
         self.register_buffer("scratch", torch.full((2,), -torch.inf), persistent=False)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Called on modules that were made on the meta device."""
+        self.range.zero_()
+        self.seen.zero_()
+        self.forget()
+
     def qparams(self, w_RK: Tensor) -> Fields:
         now = self._range_of(w_RK)
         low, high = torch.where(self.seen.float() > 0, joined(self.range), now).unbind(0)
@@ -59,4 +66,8 @@ class Ema(Quantizer):
         moved = torch.where(self.seen.float() > 0, old + MOMENTUM * (fresh - old), fresh)
         self.range.copy_(split(torch.where(ready, moved, old), _PARTS))
         self.seen.copy_(torch.where(ready, torch.ones_like(self.seen), self.seen))
+        self.forget()
+
+    @torch.no_grad()
+    def forget(self) -> None:
         self.scratch.fill_(-torch.inf)

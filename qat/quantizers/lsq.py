@@ -11,6 +11,8 @@ outside. LSQ's 1/sqrt(N * qmax) factor is left out: it does nothing under Adam b
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,16 +35,19 @@ class Lsq(Stored):
     def build(self) -> None:
         super().build()
         self.theta = nn.Parameter(torch.zeros(self.start_scale.shape[1:]))
+        self._settled = False
         if self.layout.kind == "tokens":
             self.seen: Tensor
             self.scratch: Tensor
             self.register_buffer("seen", torch.zeros(1))
             self.register_buffer("scratch", torch.zeros(1), persistent=False)
-            self._settled = False
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.zeros_(self.theta)
+        if self.layout.kind == "tokens":
+            self.restart()
+            self.forget()
 
     def init_from(self, w: Tensor) -> None:
         super().init_from(w)
@@ -81,4 +86,20 @@ class Lsq(Stored):
             self.store(Fields(self.spec.scale_grid.project(self.scratch.float().reshape(1, 1))))
             self.seen.fill_(1.0)
         self._settled = float(self.seen) > 0
-        self.scratch.zero_()
+        self.forget()
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        if self.layout.kind == "tokens":
+            self.scratch.zero_()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        if self.layout.kind == "tokens":
+            self.seen.zero_()
+            self._settled = False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # whether an input was seen is said by the buffer that was loaded
+        self._settled = False

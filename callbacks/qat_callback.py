@@ -1,0 +1,280 @@
+"""`QATCallback(recipe)`: the moments at which `qat.prepare`, the schedule and the checks happen in a Lightning run.
+
+    setup             layers are swapped if they exist; else around configure_model, which comes before optimizers,
+                      wrapping, sharding and the loading of weights
+    on_fit_start      checks only: sharded weights are not loaded yet
+    on_train_start    the first moment with final weights under every strategy: scales are searched
+    optimizer step    one `qat.after_optimizer_step` per step of the optimizer that owns the planned weights
+    on_*_start        the schedule is applied again (a loaded checkpoint brings its own step)
+
+On an error Lightning calls `on_exception` but no `teardown`: both undo what was patched on the instance. The module
+stays prepared either way.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import qat
+from qat.bypass import planned_weights, watched
+from qat.callbacks.lightning import AnyCallback, is_a, overrides
+from qat.callbacks.patches import Patch
+from qat.callbacks.selection import forget_best_scores
+from qat.errors import QATError, RecipeError, refuse_if
+from qat.layers import layer_quantizers
+from qat.plan import Plan
+from qat.prepare import forget_observed, qat_layers
+from qat.recipes import load_recipe
+from qat.recipes.schema import Recipe
+from qat.state import require_state, state_of
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+log = logging.getLogger(__name__)
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+class QATCallback(AnyCallback):
+    """Trains what will be packed.
+
+    recipe      name of a preset, path of a YAML file, or a `Recipe`
+    overrides   like `["rules.linears.weight.bits=3"]`, for a name or a path
+    rehearse    prove on the first batch of each stage that no planned weight is used in float
+
+    `plan` holds the plan once the layers exist. Raises RecipeError for a bad recipe, QATError where it does not fit the
+    model, the callbacks or the optimizers; all of them before the first step.
+    """
+
+    def __init__(
+        self, recipe: str | PathLike[str] | Recipe, *, overrides: Sequence[str] = (), rehearse: bool = True
+    ) -> None:
+        if isinstance(recipe, Recipe):
+            if overrides:
+                raise RecipeError("overrides are for a recipe's name or path; change the Recipe object itself")
+            self.recipe = recipe
+        else:
+            self.recipe = load_recipe(recipe, overrides)
+        self.rehearse = rehearse
+        self.plan: Plan | None = None
+        self._patches: list[Patch] = []
+        self._counter: Any = None
+        self._warned = False
+
+    # ---- structure -------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _refuse_callbacks(trainer, self)
+        self._undo()
+        late = overrides(pl_module, "setup") or overrides(pl_module, "configure_model")
+        try:
+            self._prepare(pl_module)
+        except RecipeError:
+            raise
+        except QATError:
+            if not late:
+                raise
+            log.info("no layers to prepare yet: waiting for %s.configure_model", type(pl_module).__name__)
+        if late:
+
+            def configure(original: Any) -> None:
+                original()
+                self._prepare(pl_module)
+
+            self._patches.append(Patch(pl_module, "configure_model", configure, transparent=False))
+        if self.rehearse:
+            self._patch_steps(pl_module)
+
+    def _prepare(self, pl_module: LightningModule) -> None:
+        self.plan = qat.prepare(pl_module, self.recipe)
+        refuse_if(target_reasons(self.plan, self.recipe), f"recipe {self.recipe.name!r}: export.targets", QATError)
+
+    def _patch_steps(self, pl_module: LightningModule) -> None:
+        if getattr(pl_module, "_compiler_ctx", None) is not None or _holds_compiled(pl_module):
+            log.info("the module is compiled: the rehearsal that looks for weights used in float is skipped")
+            return
+        for name in _STEPS:
+            if overrides(pl_module, name):
+                patch = Patch(pl_module, name, functools.partial(self._rehearsed, pl_module, name))
+                self._patches.append(patch)
+
+    def _rehearsed(self, pl_module: LightningModule, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """The first call of one step; then the instance has its own method back."""
+        for patch in [patch for patch in self._patches if patch.name == name]:
+            patch.undo()
+            self._patches.remove(patch)
+        if any(hasattr(weight, "placements") for weight in planned_weights(pl_module).values()):
+            log.info("weights are sharded: the rehearsal that looks for weights used in float is skipped")
+            return original(*args, **kwargs)
+        with watched(pl_module):
+            return original(*args, **kwargs)
+
+    # ---- start -----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _refuse_optimizers(trainer, pl_module)
+        low = [name for name, w in planned_weights(pl_module).items() if w.dtype in (torch.bfloat16, torch.float16)]
+        if low and not self._warned:
+            self._warned = True
+            log.warning(
+                "%d planned weights are trained in %s (%s for one): steps smaller than its resolution vanish, and most "
+                "steps of quantization-aware training are; use precision='bf16-mixed', which keeps them in float32",
+                len(low),
+                str(planned_weights(pl_module)[low[0]].dtype).removeprefix("torch."),
+                low[0],
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        state = require_state(pl_module)
+        forget_observed(pl_module)
+        if state.record.step == 0:
+            # from these weights the run starts; a checkpoint of a later step brings its own scales
+            qat.initialize(pl_module)
+        qat.apply_schedule(pl_module)
+        _share_record(trainer, pl_module)
+        self._stop_counting()
+        owner = owner_of_planned(trainer, pl_module)
+        self._counter = owner.register_step_post_hook(lambda *_: self._stepped(trainer, pl_module))
+
+    def _stepped(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        before = qat.apply_schedule(pl_module)
+        now = qat.after_optimizer_step(pl_module)
+        if now.final and not before.final:
+            forget_best_scores(trainer)
+
+    # ---- time ------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        qat.apply_schedule(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        qat.apply_schedule(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        qat.apply_schedule(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        qat.apply_schedule(pl_module)
+
+    # ---- end -------------------------------------------------------------------------------------------------------
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._undo()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._undo()
+
+    def _undo(self) -> None:
+        self._stop_counting()
+        while self._patches:
+            self._patches.pop().undo()
+
+    def _stop_counting(self) -> None:
+        if self._counter is not None:
+            self._counter.remove()
+            self._counter = None
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def _refuse_callbacks(trainer: Trainer, own: QATCallback) -> None:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if sum(isinstance(callback, QATCallback) for callback in callbacks) > 1:
+        raise QATError("two QATCallbacks are in the trainer's list; one recipe with several rules does what both would")
+    for callback in callbacks[: callbacks.index(own)]:
+        if any(is_a(callback, name) for name in _AVERAGING):
+            raise QATError(
+                f"{type(callback).__name__} is listed before QATCallback and would average the module without its scales; "
+                f"list QATCallback first: callbacks=[QATCallback(...), {type(callback).__name__}(...)]"
+            )
+
+
+def target_reasons(plan: Plan, recipe: Recipe) -> list[str]:
+    """Why the recipe's export targets could not hold the planned grids; empty means they can."""
+    if not recipe.export.targets:
+        return []
+    from qat.export import get_format
+
+    return [f"{target}: {why}" for target in recipe.export.targets for why in get_format(target).check(plan)]
+
+
+def _holds_compiled(pl_module: nn.Module) -> bool:
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in pl_module.modules()
+    )
+
+
+def _optimizers(trainer: Trainer) -> list[Any]:
+    return list(trainer.strategy.optimizers)
+
+
+def _owned(optimizer: Any) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _refuse_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Every scale that is to be learned has to be in some optimizer."""
+    optimizers = _optimizers(trainer)
+    if not optimizers:
+        raise QATError(
+            f"{type(pl_module).__name__}.configure_optimizers gives no optimizer; quantization-aware training needs one"
+        )
+    owned = set().union(*(_owned(optimizer) for optimizer in optimizers))
+    missing = [
+        f"{name}.{key}" if name else key
+        for name, layer in qat_layers(pl_module).items()
+        for quantizer in layer_quantizers(layer)
+        for key, parameter in layer.named_parameters()
+        if any(parameter is learned for learned in quantizer.learned())
+        if parameter.requires_grad and id(parameter) not in owned
+    ]
+    if missing:
+        raise QATError(
+            f"{len(missing)} learned scales are in no optimizer, {missing[0]} for one; give configure_optimizers "
+            "self.parameters(), or every parameter of the layers it trains"
+        )
+
+
+def owner_of_planned(trainer: Trainer, pl_module: LightningModule) -> torch.optim.Optimizer:
+    """The optimizer whose steps the schedule counts: the one with the most planned weights, or learned scales."""
+    weights = {id(weight) for weight in planned_weights(pl_module).values()}
+    scales = {id(p) for layer in qat_layers(pl_module).values() for q in layer_quantizers(layer) for p in q.learned()}
+    optimizers = _optimizers(trainer)
+    for wanted in (weights, scales):
+        counts = [len(_owned(optimizer) & wanted) for optimizer in optimizers]
+        if any(counts):
+            owner = optimizers[counts.index(max(counts))]
+            break
+    else:
+        raise QATError(
+            "no optimizer has a planned weight or a learned scale: nothing would be trained on the grid; give "
+            "configure_optimizers the parameters of the planned layers"
+        )
+    if not hasattr(owner, "register_step_post_hook"):
+        raise QATError(
+            f"{type(owner).__name__} cannot be watched for its steps (it has no register_step_post_hook); use an optimizer "
+            "that derives from torch.optim.Optimizer"
+        )
+    return owner  # type: ignore[no-any-return]
+
+
+def _share_record(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Averaged copies of the module save their own state; let them tell the step and dtypes of the live one."""
+    record = require_state(pl_module).record
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        copy = getattr(callback, "_average_model", None)
+        if isinstance(copy, nn.Module) and copy is not pl_module and (state := state_of(copy)) is not None:
+            state.record = record

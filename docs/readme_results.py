@@ -1,0 +1,137 @@
+"""Write README's table and picture from a results file, so that every number in README was measured.
+
+    python docs/readme_results.py            benchmarks/results/demo.json -> README.md and docs/results.svg
+    python docs/readme_results.py --check    change nothing; exit 1 if README.md differs from what would be written
+
+The results file holds {"environment": {name: value}, "rows": [{suite, case, tool, metric, value, better}, ...]}.
+The rows of the suite `demo` become a table with a line for each case and tool and a column for each metric, in the
+order in which they come; the picture shows the metric that is drawn (`DRAWN`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "demo.json"
+README = ROOT / "README.md"
+PICTURE = ROOT / "docs" / "results.svg"
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+SUITE = "demo"
+# The first metric whose name starts so is drawn; without one, the first metric.
+DRAWN = "kl"
+FIELDS = {"suite", "case", "tool", "metric", "value", "better"}
+ARROWS = {"lower": "↓", "higher": "↑"}
+NOTHING_YET = "Run `make demo`: it measures on your machine and writes the table, the plots and the figures."
+
+Row = dict[str, Any]
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Environment and the rows to show; raises ValueError naming what is wrong with the file."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    rows = data.get("rows")
+    if not isinstance(rows, list) or not isinstance(data.get("environment"), dict):
+        raise ValueError(f'{path}: needs the keys "environment" (a mapping) and "rows" (a list)')
+    for index, row in enumerate(rows):
+        if set(row) != FIELDS:
+            raise ValueError(f"{path}: row {index} has the keys {sorted(row)}, not {sorted(FIELDS)}")
+    shown = [row for row in rows if row["suite"] == SUITE and isinstance(row["value"], int | float)]
+    if not shown:
+        raise ValueError(f'{path}: no row of suite "{SUITE}" with a number')
+    return data["environment"], shown
+
+
+def number(value: float) -> str:
+    """Four significant digits; whole numbers whole."""
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.4g}"
+
+
+def table(environment: dict[str, Any], rows: list[Row]) -> str:
+    """The markdown table and a line about where it was measured."""
+    metrics = {row["metric"]: ARROWS.get(row["better"], "") for row in rows}
+    values = {(row["case"], row["tool"], row["metric"]): row["value"] for row in rows}
+    lines = [
+        "| case | tool | " + " | ".join(f"{name} {arrow}".strip() for name, arrow in metrics.items()) + " |",
+        "|---|---|" + "---:|" * len(metrics),
+    ]
+    for case, tool in dict.fromkeys((row["case"], row["tool"]) for row in rows):
+        found = [values.get((case, tool, metric)) for metric in metrics]
+        cells = ["" if value is None else number(value) for value in found]
+        lines.append(f"| {case} | {tool} | " + " | ".join(cells) + " |")
+    measured = ", ".join(f"{name} {value}" for name, value in environment.items() if not isinstance(value, dict | list))
+    lines += ["", f"↓ lower is better, ↑ higher is better. Measured by `make demo` with {measured}."]
+    return "\n".join(lines)
+
+
+def block(results: Path) -> str:
+    """What stands between the markers of README."""
+    if not results.is_file():
+        return NOTHING_YET
+    environment, rows = read(results)
+    return f"{table(environment, rows)}\n\n![{drawn(rows)} of each tool](docs/results.svg)"
+
+
+def drawn(rows: list[Row]) -> str:
+    names = list(dict.fromkeys(row["metric"] for row in rows))
+    return next((name for name in names if name.lower().startswith(DRAWN)), names[0])
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """A bar for each case and tool that has the metric; the same bytes for the same rows."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "qat", "svg.fonttype": "none"})
+    from matplotlib import pyplot
+
+    metric = drawn(rows)
+    bars = [row for row in rows if row["metric"] == metric]
+    cases = list(dict.fromkeys(row["case"] for row in bars))
+    figure, axes = pyplot.subplots(figsize=(7.2, 0.6 + 0.36 * len(bars)), layout="constrained")
+    names = [f"{row['case']}  {row['tool']}" for row in bars]
+    colors = [f"C{cases.index(row['case']) % 10}" for row in bars]
+    drawing = axes.barh(range(len(bars)), [row["value"] for row in bars], color=colors)
+    axes.bar_label(drawing, labels=[number(row["value"]) for row in bars], padding=3)
+    axes.set_yticks(range(len(bars)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel(f"{metric} ({bars[0]['better']} is better)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def replaced(readme: str, text: str) -> str:
+    """README with `text` between the markers; raises ValueError unless each marker is there once."""
+    if readme.count(START) != 1 or readme.count(END) != 1 or readme.index(START) > readme.index(END):
+        raise ValueError(f"README.md needs one {START} and, after it, one {END}")
+    return f"{readme[: readme.index(START)]}{START}\n{text}\n{readme[readme.index(END) :]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write README's results from a results file.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
+    options = parser.parse_args(arguments)
+    try:
+        old = README.read_text(encoding="utf-8")
+        new = replaced(old, block(RESULTS))
+        if options.check:
+            return int(old != new)
+        if RESULTS.is_file():
+            draw(read(RESULTS)[1], PICTURE)
+    except (ValueError, OSError) as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

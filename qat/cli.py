@@ -1,0 +1,277 @@
+"""The command line: `qat recipes | plan | train | export | verify | report`.
+
+Whatever is refused (a recipe, a model, a file, an argument) is one sentence on stderr and exit code 2; nothing has been
+written then. 1 is a mistake of ours (`qat --debug ...` or QAT_DEBUG=1 shows where), 130 an interruption.
+torch and everything above it is imported inside the commands: `qat --help` and `qat recipes` answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qat import __version__
+from qat.errors import ExportError, QATError
+
+if TYPE_CHECKING:
+    from qat.plan import Plan
+    from qat.recipes import Recipe
+
+DEBUG = "QAT_DEBUG"
+# Modules that come with an extra: what is missing says what to install.
+_EXTRAS = {
+    "compressed_tensors": "compressed-tensors",
+    "datasets": "hf",
+    "gguf": "gguf",
+    "jinja2": "report",
+    "matplotlib": "report",
+    "PIL": "vision",
+    "pyarrow": "hf",
+    "sentence_transformers": "sentence",
+    "sklearn": "vision",
+    "tokenizers": "hf",
+    "transformers": "hf",
+    "wandb": "wandb",
+    "xllamacpp": "gguf",
+}
+
+app = typer.Typer(
+    name="qat",
+    help="Train on the grid you deploy on: quantization-aware training that ends in packed files, bit for bit.",
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A preset (`qat recipes` lists them) or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, like rules.linears.weight.bits=3."),
+]
+Model = Annotated[Path, typer.Option("--model", metavar="DIR", help="A Hugging Face model folder.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"qat {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=f"Show where an error comes from (or {DEBUG}=1).")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is done on the way.")] = False,
+) -> None:
+    if debug:
+        os.environ[DEBUG] = "1"
+    if verbose:
+        import logging
+
+        from rich.logging import RichHandler
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this preset's YAML.")] = None,
+) -> None:
+    """The recipes that come with the package; with NAME, the text of one."""
+    from rich.table import Table
+
+    from qat.recipes import load_recipe, preset_names, preset_text
+
+    if name is not None:
+        print(preset_text(name), end="")
+        return
+    table = Table("recipe", "bits", "export", "what it is", title="presets", title_justify="left")
+    for preset in preset_names():
+        recipe = load_recipe(preset)
+        table.add_row(preset, _bits(recipe), ", ".join(recipe.export.targets) or "-", recipe.description)
+    _show(table)
+    print("`qat recipes NAME` prints one; `qat train NAME key=value ...` changes single settings")
+
+
+@app.command()
+def plan(recipe: RecipeArgument, model: Model, overrides: Overrides = None) -> None:
+    """What a recipe makes of a model: layer by layer, coverage, bytes, and whether the export formats hold it.
+
+    The weights are not read, so this is quick for a model of any size.
+    """
+    from qat.hf import empty_model
+    from qat.plan import make_plan
+    from qat.recipes import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    found = make_plan(empty_model(model, meta=True), loaded)
+    print(found.render().rstrip())
+    _targets(found, loaded)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan and rehearse the export on the untrained model; write nothing.")
+    ] = False,
+) -> None:
+    """Train a model with a recipe, e.g. qat train w4_gguf_q4_0 train.model=DIR train.data=[texts.jsonl]."""
+    from qat.recipes import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from qat.tasks import run
+
+    run(loaded, dry_run=dry_run)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of a run with qat.")],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the packed model goes.")],
+    format: Annotated[
+        str | None, typer.Option("--format", metavar="FORMAT", help="gguf, compressed-tensors, ...; else the recipe's.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", metavar="DIR", help="Folder of the tokenizer; else the model's.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FOLDER if qat wrote it.")] = False,
+) -> None:
+    """Pack the trained integers of a checkpoint, read the files back with their consumer's code, and compare.
+
+    The recipe is in the checkpoint; --model gives the architecture, its weights are not read.
+    """
+    import qat
+    from qat.export.atomic import refuse_target
+    from qat.hf import empty_model, has_tokenizer, load_tokenizer
+
+    refuse_target(out.absolute(), overwrite)
+    if tokenizer is None and has_tokenizer(model):
+        tokenizer = model
+    words = load_tokenizer(tokenizer) if tokenizer is not None else None
+    bundle = qat.convert(qat.load_from_checkpoint(checkpoint, empty_model(model)))
+    receipt = qat.export(bundle, out, format=format or _only_target(bundle.recipe), tokenizer=words, overwrite=overwrite)
+    print(
+        f"{out}: {receipt.format}, {len(receipt.tensors)} tensors, {receipt.bytes:,} bytes; "
+        f"each read back by {receipt.reader} equals the trained weight"
+    )
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qat exported.")]) -> None:
+    """Check an exported folder against its receipt: files by hash, tensors by the consumer's own code."""
+    from rich.table import Table
+
+    import qat
+
+    rows = qat.verify(folder)
+    table = Table("tensor", "grid", "shape", "dtype", "max. difference", title=str(folder), title_justify="left")
+    for row in rows:
+        table.add_row(row.name, row.spec, "x".join(map(str, row.shape)) or "-", row.dtype, f"{row.max_abs_diff:g}")
+    _show(table)
+    print(f"{len(rows)} tensors read by {', '.join(sorted({row.reader for row in rows}))}: all as trained, bit for bit")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a run.")]) -> None:
+    """Render the report of a run from the results that it wrote."""
+    from qat.report import render
+
+    print(render(folder))
+
+
+def _bits(recipe: Recipe) -> str:
+    """Weight / input bits of the rules, e.g. W4 or W8A8."""
+    rules = list(recipe.rules.values())
+    weights = sorted({rule.weight.bits for rule in rules if rule.weight})
+    inputs = sorted({rule.input.bits for rule in rules if rule.input})
+    shown = "W" + "/".join(map(str, weights)) if weights else ""
+    return shown + ("A" + "/".join(map(str, inputs)) if inputs else "")
+
+
+def _targets(found: Plan, recipe: Recipe) -> None:
+    """Say for every format whether it holds the plan; raises ExportError if one of the recipe's own does not."""
+    from qat.export import formats, get_format
+
+    refused = []
+    for name in sorted({*formats(), *recipe.export.targets}):
+        reasons = get_format(name).check(found)
+        wanted = name in recipe.export.targets
+        print(f"{name}{' (target)' if wanted else ''}: {'; '.join(reasons) if reasons else 'holds every grid exactly'}")
+        if reasons and wanted:
+            refused.append(f"{name} cannot hold this recipe: {'; '.join(reasons)}")
+    if refused:
+        raise ExportError("; ".join(refused))
+
+
+def _only_target(recipe: dict[str, Any]) -> str:
+    targets = recipe.get("export", {}).get("targets", [])
+    if len(targets) != 1:
+        raise QATError(f"the recipe has {len(targets)} export targets ({', '.join(targets) or 'none'}); choose one with --format")
+    return str(targets[0])
+
+
+def _show(table: Any) -> None:
+    """A table on the screen; in a pipe or a file wide enough that nothing is cut."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160, soft_wrap=False).print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    kept = os.environ.get(DEBUG)
+    try:
+        code = app(list(arguments) if arguments is not None else None, prog_name="qat", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except Exception as problem:
+        if isinstance(problem, BrokenPipeError):
+            # whoever reads our output has seen enough; keep the interpreter from flushing into the closed pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if isinstance(problem, typer.Abort):
+            return _say("interrupted", 130)
+        if os.environ.get(DEBUG, "0") not in ("", "0"):
+            raise
+        return _say(*_explained(problem))
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    finally:
+        if kept is None:
+            os.environ.pop(DEBUG, None)
+
+
+def _explained(problem: Exception) -> tuple[str, int]:
+    """(sentence, exit code): 2 for what a user can put right, 1 for a mistake of ours."""
+    if isinstance(problem, QATError):
+        return str(problem), 2
+    if hasattr(problem, "format_message"):  # typer's usage errors
+        return f"{problem.format_message()} (`qat --help` shows the commands and their arguments)", 2
+    if isinstance(problem, ModuleNotFoundError) and (problem.name or "").partition(".")[0] in _EXTRAS:
+        package = (problem.name or "").partition(".")[0]
+        return f"this needs {package}; install it with: pip install 'lightning-qat[{_EXTRAS[package]}]'", 2
+    if isinstance(problem, OSError):
+        place = ": ".join(str(part) for part in (problem.filename, problem.strerror) if part)
+        return place or str(problem) or type(problem).__name__, 2
+    what = f"{type(problem).__name__}: {problem}" if str(problem) else type(problem).__name__
+    return f"unexpected {what}; the same command as `qat --debug ...` (or with {DEBUG}=1) shows where", 1
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"qat: {' '.join(sentence.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

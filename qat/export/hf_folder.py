@@ -1,0 +1,113 @@
+"""A transformers model folder: config.json, tokenizer files, and safetensors written in shards, one pass."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qat.errors import ExportError
+
+_INDEX = "model.safetensors.index.json"
+_WRAPPERS = ("FSDP", "QAT", "OptimizedModule")
+
+
+class ShardWriter:
+    """Tensors in, `model.safetensors` or `model-0000i-of-0000n.safetensors` and an index out.
+
+    Holds at most one shard in memory. Tensors of one `add` stay in one shard.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self.folder, self.limit = folder, shard_bytes
+        self._held: dict[str, Tensor] = {}
+        self._size = self._total = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        if self._held and self._size + size > self.limit:
+            self._flush()
+        # a copy: safetensors refuses views, and a live parameter must not change under our hands
+        self._held |= {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        self._size += size
+
+    def _flush(self) -> None:
+        save_file(self._held, self.folder / f"part-{len(self._shards)}", metadata={"format": "pt"})
+        self._shards.append(list(self._held))
+        self._total += self._size
+        self._held, self._size = {}, 0
+
+    def close(self) -> None:
+        """Write the last shard and give all of them their final names."""
+        if self._held or not self._shards:
+            self._flush()
+        count = len(self._shards)
+        if count == 1:
+            (self.folder / "part-0").rename(self.folder / "model.safetensors")
+            return
+        index: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            (self.folder / f"part-{number}").rename(self.folder / final)
+            index |= dict.fromkeys(names, final)
+        text = json.dumps({"metadata": {"total_size": self._total}, "weight_map": index}, indent=1)
+        (self.folder / _INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def read_layers(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(module name, {local name: tensor}) for every module with tensors of its own, shard by shard.
+
+    Raises ExportError for a file that cannot be read.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                modules: dict[str, list[str]] = {}
+                for key in file.keys():  # noqa: SIM118  (a safetensors handle, not a dict)
+                    modules.setdefault(key.rpartition(".")[0], []).append(key)
+                for module, keys in modules.items():
+                    yield module, {key.rpartition(".")[2]: file.get_tensor(key) for key in keys}
+        except (SafetensorError, OSError) as problem:
+            raise ExportError(f"{path} is not a safetensors file that can be read ({problem})") from None
+
+
+def model_dtype(module: nn.Module) -> torch.dtype:
+    """Dtype of the model's parameters: what `from_pretrained` will load them in."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def write_config(folder: Path, module: nn.Module, quantization: dict[str, Any]) -> None:
+    """config.json (and generation_config.json) of a transformers model with a quantization_config."""
+    config: Any = copy.deepcopy(module.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    data = config.to_diff_dict() if hasattr(config, "to_diff_dict") else config.to_dict()
+    data["architectures"] = [class_name(module)]
+    data["dtype"] = str(model_dtype(module)).removeprefix("torch.")
+    data["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    generation = getattr(module, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(str(folder))
+
+
+def class_name(module: nn.Module) -> str:
+    """Name of the model's own class, below whatever sharding put in front of it."""
+    return next(c.__name__ for c in type(module).__mro__ if not c.__name__.startswith(_WRAPPERS))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json; raises ExportError if it is missing or not JSON."""
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except (OSError, ValueError) as problem:
+        raise ExportError(f"{path} cannot be read ({problem})") from None

@@ -1,0 +1,22 @@
+"""Tasks that `qat train` runs: a LightningModule with its data, one file each; and the demo.
+
+    run(recipe)     train, export, report; what `qat train RECIPE` calls
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qat.recipes.schema import Recipe
+
+TASKS = ("causal_lm", "image_classification", "sentence_embedding")
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Train `recipe.train.task` under `recipe`, export to its targets; returns figures and the folders written.
+
+    Raises QATError for an unknown task and for a model or data that cannot be used. See `qat.tasks.train.run`.
+    """
+    from qat.tasks.train import run as implementation
+
+    return implementation(recipe)

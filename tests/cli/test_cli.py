@@ -1,0 +1,185 @@
+"""The command line: what each command prints, exit codes, and that help does not wait for torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qat import __version__
+from qat.cli import main
+from qat.recipes import preset_names
+
+COMMANDS = ("recipes", "plan", "train", "export", "verify", "report")
+
+
+def python(*arguments: str, here: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    whole = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "COLUMNS": "200", **env}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=here, env=whole, timeout=120)
+
+
+def test_help_and_recipes_do_without_torch() -> None:
+    heavy = "{'torch', 'lightning', 'pytorch_lightning', 'transformers'}"
+    for command in ("['--help']", "['recipes']", "['train', '--help']", "['recipes', 'w8a8']", "['--version']"):
+        code = f"import sys, qat.cli; code = qat.cli.main({command}); print(sorted({heavy} & set(sys.modules)), code)"
+        done = python("-c", code)
+        assert done.stdout.splitlines()[-1] == "[] 0", done.stdout + done.stderr
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in COMMANDS)
+    assert main([]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"qat {__version__}\n"
+
+
+def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in preset_names())
+    for name in preset_names():
+        assert main(["recipes", name]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["name"] == name
+
+
+def test_plan(llama: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe_file), "--model", str(llama)]) == 0
+    shown = capsys.readouterr().out
+    assert "model.layers.0.self_attn.q_proj" in shown
+    assert "int4 g32" in shown
+    assert "% of" in shown
+    assert "gguf (target): holds every grid exactly" in shown
+
+
+def test_plan_counts_what_a_loaded_model_counts(llama: Path, recipe_file: Path) -> None:
+    import qat
+    from qat.hf import empty_model, load_model
+
+    meta, real = qat.plan(empty_model(llama, meta=True), str(recipe_file)), qat.plan(load_model(llama), str(recipe_file))
+    assert (meta.bytes, meta.coverage, meta.rows, meta.float_rows) == (
+        real.bytes,
+        real.coverage,
+        real.rows,
+        real.float_rows,
+    )
+
+
+def test_plan_of_a_large_model_needs_no_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    assert main(["plan", "w4a16_g128", "--model", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "560 layers quantized" in shown
+    assert "compressed-tensors (target): holds every grid exactly" in shown
+
+
+def test_plan_takes_overrides(llama: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe_file), "--model", str(llama), "rules.linears.weight.bits=8"]) == 0
+    assert "int8 g32" in capsys.readouterr().out
+
+
+def test_export_then_verify(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {file.name for file in exported.iterdir()} == {"model.gguf", "qat_receipt.json"}
+    assert main(["verify", str(exported)]) == 0
+    assert "all as trained, bit for bit" in capsys.readouterr().out
+
+
+def test_export_overwrites_only_when_told(
+    exported: Path, checkpoint: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "packed"
+    command = ["export", str(checkpoint), "--model", str(llama), "--out", str(out)]
+    assert main(command) == 0
+    first = (out / "model.gguf").read_bytes()
+    assert main(command) == 2
+    assert main([*command, "--overwrite"]) == 0
+    assert (out / "model.gguf").read_bytes() == first == (exported / "model.gguf").read_bytes()
+    capsys.readouterr()
+
+
+def test_the_trained_dtype_wins_over_that_of_the_model_folder(checkpoint: Path, llama: Path, tmp_path: Path) -> None:
+    """A float32 run of a bfloat16 model: copying the checkpoint into bfloat16 would round what was trained."""
+    import json
+    import shutil
+
+    import torch
+
+    import qat
+    from qat.hf import empty_model
+
+    folder = tmp_path / "bf16"
+    shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    empty = empty_model(folder)
+    assert next(empty.parameters()).dtype == torch.bfloat16
+    bundle = qat.convert(qat.load_from_checkpoint(checkpoint, empty))
+    trained = qat.convert(qat.load_from_checkpoint(checkpoint, empty_model(llama)))
+    for name, weight in trained.items():
+        assert torch.equal(bundle[name].dequantize(), weight.dequantize())
+    for name, value in trained.floats.items():
+        assert torch.equal(bundle.floats[name], value)
+
+
+def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qat.recipes.preset_names", stop)
+    assert main(["recipes"]) == 130
+    assert capsys.readouterr().err == "qat: interrupted\n"
+
+
+def test_a_mistake_of_ours_is_one_sentence_or_with_debug_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("no scale")
+
+    monkeypatch.setattr("qat.recipes.preset_names", broken)
+    assert main(["recipes"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "ZeroDivisionError: no scale" in error and "--debug" in error and "QAT_DEBUG=1" in error
+    with pytest.raises(ZeroDivisionError):
+        main(["--debug", "recipes"])
+    assert "QAT_DEBUG" not in os.environ
+    monkeypatch.setenv("QAT_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["recipes"])
+
+
+def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
+
+    monkeypatch.setattr("qat.recipes.preset_names", missing)
+    assert main(["recipes"]) == 2
+    assert "pip install 'lightning-qat[gguf]'" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    code = "import sys, qat.cli; sys.exit(qat.cli.main(['recipes', 'w8a8']))"
+    shell = f"{sys.executable} -u -c \"{code}\" | head -n 1; exit ${{PIPESTATUS[0]}}"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize("command", [["--version"], ["recipes"]])
+def test_as_a_module(command: list[str]) -> None:
+    done = python("-m", "qat.cli", *command)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,18 @@
+"""What all tests share: where GPU tests are left out, and property tests that fail the same way everywhere."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+# No deadline: a shared core may take its time. Derandomized: a red run can be run again.
+settings.register_profile("qat", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("qat")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; this machine has none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

@@ -1,0 +1,99 @@
+"""README says what the results file says, and the generator puts it there."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location("readme_results", ROOT / "docs" / "readme_results.py")
+assert SPEC is not None and SPEC.loader is not None
+generator = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(generator)
+
+# Made up; only ever written to a temporary folder.
+RESULTS = {
+    "environment": {"torch": "0.0.0", "cores": 2, "packages": {"left": "out"}},
+    "rows": [
+        {"suite": "demo", "case": "4 bits", "tool": "rtn", "metric": "kl", "value": 0.25, "better": "lower"},
+        {"suite": "demo", "case": "4 bits", "tool": "rtn", "metric": "bytes", "value": 12345, "better": "lower"},
+        {"suite": "demo", "case": "4 bits", "tool": "qat", "metric": "kl", "value": 0.123456, "better": "lower"},
+        {"suite": "demo", "case": "2 bits", "tool": "qat", "metric": "accuracy", "value": 0.5, "better": "higher"},
+        {"suite": "demo", "case": "2 bits", "tool": "qat", "metric": "note", "value": "text", "better": ""},
+        {"suite": "layers", "case": "x", "tool": "qat", "metric": "kl", "value": 9.0, "better": "lower"},
+    ],
+}
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(generator, "README", tmp_path / "README.md")
+    monkeypatch.setattr(generator, "RESULTS", tmp_path / "demo.json")
+    monkeypatch.setattr(generator, "PICTURE", tmp_path / "results.svg")
+    (tmp_path / "README.md").write_text(f"before\n{generator.START}\nold 7\n{generator.END}\nafter\n")
+    (tmp_path / "demo.json").write_text(json.dumps(RESULTS))
+    return tmp_path
+
+
+def test_readme_is_what_the_results_file_says() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == generator.replaced(readme, generator.block(generator.RESULTS)), "run `make docs`"
+    assert generator.RESULTS.is_file() == generator.PICTURE.is_file()
+
+
+def test_readme_has_no_figures_of_its_own() -> None:
+    """Outside the markers and the code there is no decimal number and no percentage."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    around = readme[: readme.index(generator.START)] + readme[readme.index(generator.END) :]
+    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", around, flags=re.DOTALL)
+    assert re.findall(r"\d+\.\d+(?!\.\d)|\d+ ?%", prose.replace("Apache-2.0", "")) == []
+
+
+def test_writes_table_and_picture(tree: Path) -> None:
+    assert generator.main(["--check"]) == 1
+    assert generator.main([]) == 0
+    assert generator.main(["--check"]) == 0
+    readme = (tree / "README.md").read_text(encoding="utf-8")
+    assert readme.startswith("before\n") and readme.endswith("after\n") and "old 7" not in readme
+    assert "| case | tool | kl ↓ | bytes ↓ | accuracy ↑ |" in readme
+    assert "| 4 bits | rtn | 0.25 | 12,345 |  |" in readme
+    assert "| 4 bits | qat | 0.1235 |  |  |" in readme
+    assert "| 2 bits | qat |  |  | 0.5 |" in readme
+    assert "with torch 0.0.0, cores 2." in readme
+    picture = (tree / "results.svg").read_bytes()
+    assert b"0.1235" in picture and b"9" in picture
+    assert generator.main([]) == 0
+    assert (tree / "results.svg").read_bytes() == picture
+
+
+def test_without_results_it_says_how_to_get_them(tree: Path) -> None:
+    (tree / "demo.json").unlink()
+    assert generator.main([]) == 0
+    assert "make demo" in (tree / "README.md").read_text(encoding="utf-8")
+    assert not (tree / "results.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ({"rows": []}, "environment"),
+        ({"environment": {}, "rows": []}, 'no row of suite "demo"'),
+        ({"environment": {}, "rows": [{"suite": "demo"}]}, "row 0 has the keys"),
+    ],
+)
+def test_wrong_results_are_refused(
+    tree: Path, capsys: pytest.CaptureFixture[str], results: object, message: str
+) -> None:
+    (tree / "demo.json").write_text(json.dumps(results))
+    before = (tree / "README.md").read_text()
+    assert generator.main([]) == 2
+    assert message in capsys.readouterr().err
+    assert (tree / "README.md").read_text() == before
+
+
+def test_missing_markers_are_refused(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tree / "README.md").write_text("no markers")
+    assert generator.main([]) == 2
+    assert "results:start" in capsys.readouterr().err
