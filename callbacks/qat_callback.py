@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
-_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 class QATCallback(AnyCallback):
@@ -153,9 +153,7 @@ class QATCallback(AnyCallback):
 
     # ---- time ------------------------------------------------------------------------------------------------------
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         qat.apply_schedule(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -194,7 +192,7 @@ def _refuse_callbacks(trainer: Trainer, own: QATCallback) -> None:
     if sum(isinstance(callback, QATCallback) for callback in callbacks) > 1:
         raise QATError("two QATCallbacks are in the trainer's list; one recipe with several rules does what both would")
     for callback in callbacks[: callbacks.index(own)]:
-        if any(is_a(callback, name) for name in _AVERAGING):
+        if any(is_a(callback, name) for name in AVERAGING):
             raise QATError(
                 f"{type(callback).__name__} is listed before QATCallback and would average the module without its scales; "
                 f"list QATCallback first: callbacks=[QATCallback(...), {type(callback).__name__}(...)]"

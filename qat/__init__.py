@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qat.bypass import rehearse
     from qat.convert import Bundle, convert, load_from_checkpoint
+    from qat.distill import distill_loss
     from qat.errors import ExportError, QATError, RecipeError
     from qat.export import Receipt, export, rehearse_export
     from qat.plan import Plan
@@ -34,6 +35,7 @@ __all__ = [
     "after_optimizer_step",
     "apply_schedule",
     "convert",
+    "distill_loss",
     "export",
     "initialize",
     "is_prepared",
@@ -49,6 +51,7 @@ __all__ = [
 _HOMES = {
     "qat.bypass": ("rehearse",),
     "qat.convert": ("Bundle", "convert", "load_from_checkpoint"),
+    "qat.distill": ("distill_loss",),
     "qat.errors": ("ExportError", "QATError", "RecipeError"),
     "qat.export": ("Receipt", "export", "rehearse_export"),
     "qat.plan": ("Plan",),

@@ -46,7 +46,8 @@ def layer_type(module: nn.Module) -> tuple[str, LayerOp] | None:
     cls = original_class(module)
     for listed, entry in _OPS.items():
         if issubclass(cls, listed):
-            return entry if cls.forward is listed.forward else None
+            same = all(getattr(cls, name, None) is getattr(listed, name, None) for name in ("forward", "_conv_forward"))
+            return entry if same else None
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
         return _CONV1D
     weights = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
@@ -153,7 +154,9 @@ def _forward(layer: QATLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             if x_quantizer is not None and layer.training and torch.is_grad_enabled():
                 _observe(x_quantizer, live.op.inputs(layer, args, kwargs)[0])
             wanted = [p for p in learned if p.requires_grad]
-            return _KeepInGraph.apply(y, *wanted) if wanted and torch.is_grad_enabled() else y  # type: ignore[no-any-return, no-untyped-call]
+            if not wanted or not torch.is_grad_enabled():
+                return y
+            return _KeepInGraph.apply(y, *wanted)  # type: ignore[no-any-return, no-untyped-call]
         inputs = live.op.inputs(layer, args, kwargs)
         if x_quantizer is not None and layer.training:
             _observe(x_quantizer, inputs[0])
@@ -181,13 +184,19 @@ def _compute_dtype(op: LayerOp, inputs: tuple[Tensor | None, ...], weights: list
     return weights[0].dtype
 
 
+def _no_view(y: Tensor) -> Tensor:
+    """The same numbers in the same memory, but free to be changed in place (`nn.ReLU(inplace=True)` after a layer):
+    autograd refuses that for views that a Function hands out."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y.is_contiguous() else y.clone()  # type: ignore[no-any-return]
+
+
 class _KeepInGraph(torch.autograd.Function):
     """y unchanged; the scales get a gradient of zero."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, *learned: Tensor) -> Tensor:
         ctx.save_for_backward(*learned)
-        return y.view_as(y)
+        return _no_view(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -225,8 +234,12 @@ class _Call:
         return fake if self.strength >= 1.0 else torch.lerp(x.to(self.dtype), fake, self.strength)
 
     def cast(self, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """The inputs after x in the compute dtype."""
-        return tuple(t.to(self.dtype) if t is not None and t.is_floating_point() else t for t in inputs)
+        """The inputs after x: parameters in the compute dtype, what the caller gave as it came."""
+        given = self.op.given(self.layer, 1 + len(inputs)) - 1
+        return tuple(
+            t.to(self.dtype) if t is not None and t.is_floating_point() and i >= given else t
+            for i, t in enumerate(inputs)
+        )
 
 
 class _QuantizedLayer(torch.autograd.Function):
@@ -241,7 +254,8 @@ class _QuantizedLayer(torch.autograd.Function):
         with torch.autocast(device_type=weights[0].device.type, enabled=False):  # type: ignore[union-attr]
             x_hat = call.input(inputs[0])  # type: ignore[arg-type]
             w_hats = [call.weight(i, w) for i, w in enumerate(weights)]  # type: ignore[arg-type]
-            return call.op.forward(call.layer, (x_hat, *call.cast(inputs[1:])), w_hats)
+            y = call.op.forward(call.layer, (x_hat, *call.cast(inputs[1:])), w_hats)
+            return _no_view(y) if y._is_view() else y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

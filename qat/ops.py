@@ -9,12 +9,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from qat.errors import QATError
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -33,6 +36,10 @@ class LayerOp:
         """The tensors of one call, ready for `forward`: x first (differentiable preparation, as padding, is done)."""
         (x,) = args if args else tuple(kwargs.values())
         return x, module.bias
+
+    def given(self, module: Any, count: int) -> int:
+        """How many of `count` inputs the caller gave (the others are parameters of the module)."""
+        return 1
 
     def autocasts(self) -> bool:
         """Whether torch's autocast would run this layer in its lower dtype."""
@@ -130,12 +137,12 @@ class ConvOp(LayerOp):
         return {"weight": "deconv" if self.transposed else "conv"}
 
     def inputs(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensors:
-        x, *rest = args if args else tuple(kwargs.values())
+        x = args[0] if args else kwargs["input"]
         if not self.transposed and self._pads_first(module):
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
             x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
         if self.transposed:
-            size = rest[0] if rest else kwargs.get("output_size")
+            size = args[1] if len(args) > 1 else kwargs.get("output_size")
             padding = module._output_padding(
                 x, size, module.stride, module.padding, module.kernel_size, self.dims, module.dilation
             )
@@ -191,13 +198,33 @@ class ExpertsOp(LayerOp):
     """
 
     def kinds(self, module: nn.Module) -> dict[str, str]:
-        kind = "experts_t" if getattr(module, "is_transposed", False) else "experts"
+        kind = "experts_t" if self._transposed(module) else "experts"
         return {name: kind for name, value in module.named_parameters(recurse=False) if value.dim() == 3}
+
+    @staticmethod
+    def _transposed(module: nn.Module) -> bool:
+        """Whether weights lie as [E, I, O]: the module says so, or the shapes of its two projections do."""
+        said = getattr(module, "is_transposed", None)
+        up, down = module._parameters.get("gate_up_proj"), module._parameters.get("down_proj")
+        if said is not None or up is None or down is None:
+            return bool(said)
+        return up.shape[2] == 2 * down.shape[1] and up.shape[1] == down.shape[2]
 
     def inputs(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensors:
         if kwargs:
-            args = (*args, *kwargs.values())
+            call = inspect.signature(module._qat.original.forward).bind(module, *args, **kwargs)
+            call.apply_defaults()
+            args = call.args[1:]
+        for value in args:
+            if value is not None and not isinstance(value, Tensor):
+                raise QATError(
+                    f"{type(module).__name__} was called with a {type(value).__name__}; experts are quantized only where "
+                    "all arguments are tensors: keep them with a rule that has keep_float: true"
+                )
         return (*args, *(p for _, p in self._others(module)))
+
+    def given(self, module: Any, count: int) -> int:
+        return count - len(self._others(module))
 
     def _others(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         names = self.kinds(module)

@@ -36,6 +36,8 @@ class PlanRow:
     columns: int = 0
     listed: bool = False
     note: str = ""
+    # the rule that gave the weight its spec (`rule` is the last one that matched): bits of a phase go by it
+    weight_rule: str | None = None
 
     @property
     def quantized(self) -> bool:
@@ -158,13 +160,14 @@ def _resolve(name: str, module: nn.Module, recipe: Recipe, used: Counter[str]) -
             continue
         used[rule_name] += 1
         if rule.keep_float:
-            row = replace(row, rule=rule_name, weight=None, input=None, listed=True)
+            row = replace(row, rule=rule_name, weight=None, weight_rule=None, input=None, listed=True)
         elif entry is None:
             row = replace(row, note="its forward is its own", rule=rule_name)
         else:
-            weight = spec_of(rule.weight) if rule.weight is not None else row.weight
+            if rule.weight is not None:
+                row = replace(row, weight=spec_of(rule.weight), weight_rule=rule_name)
             x = spec_of(rule.input) if rule.input is not None and kind != "Embedding" else row.input
-            row = replace(row, rule=rule_name, weight=weight, input=x, listed=False)
+            row = replace(row, rule=rule_name, input=x, listed=False)
     if entry is None:
         params = sum(p.numel() for p in module._parameters.values() if p is not None)
         return replace(row, params=params, note=row.note or "its forward is its own")

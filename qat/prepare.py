@@ -241,7 +241,7 @@ def apply_schedule(model: nn.Module, step: int | None = None) -> State:
     now: State = state.schedule.at(state.record.step)
     if now == state.applied:
         return now
-    rules = {row.name: row.rule for row in state.known_plan().rows}
+    rules = {row.name: row.weight_rule for row in state.known_plan().rows}
     prefix = _prefix(model, state)
     for name, layer in qat_layers(model).items():
         layer._qat.active, layer._qat.strength = now.active, now.strength

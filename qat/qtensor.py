@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from torch import Tensor
 from qat.fake_quant_kernels.affine import decode
 from qat.layout import Layout
 from qat.specs import QuantSpec
+
+
+class Fields(NamedTuple):
+    """What is stored beside the codes: fp32 on the scale grid, [R, G] or [1, 1]; zero integral within the codes."""
+
+    scale: Tensor
+    zero: Tensor | None = None
+    minimum: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ of that range, so a stored scale is always finite and positive.
                exactly the same number in bf16, fp16 and fp32, hence in almost every file format
     fp16       2^-14 .. 65504
     bf16       2^-126 .. 2^119
-    fp32       2^-126 .. 2^119
+    fp32       2^-110 .. 2^119 (below, three bf16 numbers no longer hold all bits: `qat.quantizers.base.split`)
+
+A minimum (zero_point float) has any sign and may be 0; a portable one is a number of fp16 as well, denormals included.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from qat.errors import RecipeError
 # (code - zero_point) spans at most 255 < 2^8 steps: below 2^119 no product leaves fp32's or bf16's range.
 _LARGEST = 2.0**119
 _FP16_SMALLEST_NORMAL = 2.0**-14
-_FP32_SMALLEST_NORMAL = 2.0**-126
+_BF16_SMALLEST_NORMAL = 2.0**-126
+_FP32_SMALLEST = 2.0**-110
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class ScaleGrid:
         with torch.no_grad():
             stored = torch.nan_to_num(minimum, nan=0.0, posinf=self.largest, neginf=-self.largest)
             stored = stored.clamp(-self.largest, self.largest).to(self.dtype).to(torch.float32)
+            if self.name == "portable":
+                stored = stored.to(torch.float16).to(torch.float32)
+            elif self.dtype == torch.float32:
+                stored = torch.where(stored.abs() < self.smallest, torch.zeros_like(stored), stored)
         return _straight_through(minimum, stored)
 
     @property
@@ -82,8 +89,8 @@ SCALE_GRIDS: dict[str, ScaleGrid] = {
         # 65280 = 255 * 2^8 is the largest bf16 number that fp16 can hold.
         ScaleGrid("portable", torch.bfloat16, _FP16_SMALLEST_NORMAL, 65280.0),
         ScaleGrid("fp16", torch.float16, _FP16_SMALLEST_NORMAL, 65504.0),
-        ScaleGrid("bf16", torch.bfloat16, _FP32_SMALLEST_NORMAL, _LARGEST),
-        ScaleGrid("fp32", torch.float32, _FP32_SMALLEST_NORMAL, _LARGEST),
+        ScaleGrid("bf16", torch.bfloat16, _BF16_SMALLEST_NORMAL, _LARGEST),
+        ScaleGrid("fp32", torch.float32, _FP32_SMALLEST, _LARGEST),
     )
 }
 

@@ -32,6 +32,7 @@ class Schedule:
 
     def __init__(self, recipe: Any) -> None:
         self.phases: list[tuple[int, str, Any]] = []
+        self.own = {name: rule.weight.bits for name, rule in recipe.rules.items() if rule.weight is not None}
         start = 0
         last = list(recipe.phases)[-1]
         for name, phase in recipe.phases.items():
@@ -47,7 +48,8 @@ class Schedule:
         if not phase.quantize:
             return State(name, active=False, strength=0.0, freeze_scales=phase.freeze_scales)
         strength = min(1.0, (step - start + 1) / (phase.ramp + 1)) if phase.ramp else 1.0
-        return State(name, True, strength, phase.freeze_scales, dict(phase.bits))
+        bits = {rule: count for rule, count in phase.bits.items() if count != self.own.get(rule)}
+        return State(name, True, strength, phase.freeze_scales, bits)
 
     def first_final_step(self) -> int | None:
         """The first step from which on the quantization is fully on until the end; None if it never is."""

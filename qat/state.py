@@ -54,6 +54,10 @@ class QATState(nn.Module):
         # True once a checkpoint with quantizer state was loaded into this model
         self.restored = False
 
+    def forward(self, x: Any) -> Any:
+        """x itself: a prepared `nn.Sequential` calls its children one after the other, this one last."""
+        return x
+
     def known_plan(self) -> Plan:
         """The plan that `prepare` made."""
         assert self.plan is not None
@@ -95,14 +99,27 @@ def decode_record(state: Tensor) -> Record:
     try:
         data = json.loads(bytes(state.cpu().to(torch.uint8).tolist()).decode())
         version = data.pop("version")
-        record = Record(**data)
-    except (ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise QATError(
-            f"the quantization record in this checkpoint cannot be read ({problem}); it is damaged"
-        ) from None
-    if version != VERSION:
+        record = Record(**data) if version == VERSION else None
+        problem = "" if record is None else _record_problem(record)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        record, version, problem = None, VERSION, str(error)
+    if problem:
+        raise QATError(f"the quantization record in this checkpoint cannot be read ({problem}); it is damaged")
+    if record is None:
         raise QATError(f"the quantization record has version {version}, this program reads {VERSION}; update qat")
     return record
+
+
+def _record_problem(record: Record) -> str:
+    """What is wrong with the values of a record; empty if nothing is."""
+    if type(record.step) is not int or record.step < 0:
+        return f"step={record.step!r}"
+    if not isinstance(record.recipe, dict):
+        return f"recipe={record.recipe!r}"
+    for layer, pair in record.dtypes.items():
+        if len(pair) != 2 or not all(isinstance(getattr(torch, name, None), torch.dtype) for name in pair):
+            return f"dtypes of {layer}: {pair!r}"
+    return ""
 
 
 def state_of(model: nn.Module) -> QATState | None:

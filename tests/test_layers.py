@@ -57,7 +57,7 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def imports(node: ast.AST) -> Iterator[str]:
-    """Every module that the code below `node` imports when it runs, inside functions too."""
+    """Every module, or name of a module, that the code below `node` imports when it runs, inside functions too."""
     for child in ast.iter_child_nodes(node):
         if is_type_checking(child):
             continue
@@ -65,8 +65,7 @@ def imports(node: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
             assert child.level == 0, "imports are absolute"
-            module = child.module or ""
-            yield from (f"{module}.{alias.name}" for alias in child.names) if module == "qat" else (module,)
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
         else:
             yield from imports(child)
 

@@ -65,8 +65,6 @@ def test_tests_are_no_packages_and_are_found() -> None:
     assert not list(tests.rglob("__init__.py"))
     files = [path for path in tests.rglob("*.py") if "__pycache__" not in path.parts]
     assert len(files) >= 5
-    odd = [path.name for path in files if not path.name.startswith("test_") and path.name != "conftest.py"]
-    assert all(any(f"{Path(name).stem}" in path.read_text() for path in files) for name in odd), odd
 
 
 def test_file_length_and_relative_imports() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from qat.errors import ExportError, refuse_if
 from qat.export.atomic import refuse_target, replaced_folder
 from qat.export.format import Format, Row, TensorStream, read_back
 from qat.export.receipt import Receipt, file_records
+from qat.qtensor import Fields
 from qat.registry import discover, lookup
+from qat.specs import QuantSpec
 
 __all__ = ["Format", "Receipt", "Row", "export", "formats", "get_format", "rehearse_export"]
 
@@ -48,8 +51,8 @@ def export(
     """Write the trained integers of a prepared model to `folder` and prove that they are what the file holds.
 
     `tokenizer` is a transformers tokenizer or a folder that holds one. `weights` (last | best | ema) is only recorded.
-    The files are written beside `folder`, read back by the consumer's own code, compared, and renamed into place: on any
-    error nothing is left. Under torch.distributed every rank calls this; rank 0 writes.
+    The files are written beside `folder`, read back by the consumer's own code, compared, and renamed into place:
+    on any error nothing is left. Under torch.distributed every rank calls this; rank 0 writes.
 
     Raises ExportError if the format cannot hold the model exactly (all reasons at once), if `folder` is in the way, or
     if anything read back differs from what was trained.
@@ -57,16 +60,19 @@ def export(
     if weights is not None and weights not in _WEIGHTS:
         raise ExportError(f"weights={weights!r} is unknown; use one of {', '.join(_WEIGHTS)}")
     fmt = get_format(format)
-    if isinstance(model_or_bundle, Bundle):
-        bundle = model_or_bundle
-    else:
-        bundle = convert(model_or_bundle)
+    bundle = model_or_bundle if isinstance(model_or_bundle, Bundle) else convert(model_or_bundle)
     bundle.weights = weights or bundle.weights
     target = Path(folder).absolute()
-    if _rank() == 0:
+    if _world() == 1:
         refuse_target(target, overwrite)
     refuse_if(fmt.check(bundle, tokenizer), f"{format} cannot hold this model", ExportError)
-    receipt = _together(lambda stream: _write_in_place(fmt, stream, target, tokenizer), TensorStream(bundle))
+
+    def write(stream: TensorStream) -> Receipt:
+        refuse_target(target, overwrite)
+        with replaced_folder(target) as fresh:
+            return _write(fmt, stream, fresh, tokenizer)
+
+    receipt = _together(write, TensorStream(bundle))
     log.info("%s: %d tensors, %d bytes, read back by %s", target, len(receipt.tensors), receipt.bytes, receipt.reader)
     return receipt
 
@@ -83,11 +89,6 @@ def rehearse_export(bundle: Bundle, format: str, tokenizer: Any = None) -> Recei
     return _together(write, TensorStream(bundle))
 
 
-def _write_in_place(fmt: Format, stream: TensorStream, target: Path, tokenizer: Any) -> Receipt:
-    with replaced_folder(target) as fresh:
-        return _write(fmt, stream, fresh, tokenizer)
-
-
 def _write(fmt: Format, stream: TensorStream, folder: Path, tokenizer: Any) -> Receipt:
     bundle = stream.bundle
     fmt.write(stream, folder, tokenizer)
@@ -99,6 +100,7 @@ def _write(fmt: Format, stream: TensorStream, folder: Path, tokenizer: Any) -> R
         recipe=bundle.recipe,
         tensors=stream.records,
         files=file_records(folder),
+        inputs={layer: _input(spec, fields) for layer, (spec, fields) in stream.inputs.items()},
         reader=fmt.reader(),
         versions={"torch": torch.__version__, "qat": _version(), **fmt.versions()},
     )
@@ -106,10 +108,17 @@ def _write(fmt: Format, stream: TensorStream, folder: Path, tokenizer: Any) -> R
     return receipt
 
 
-def _together(write: Any, stream: TensorStream) -> Receipt:
+def _input(spec: QuantSpec, fields: Fields | None) -> dict[str, Any]:
+    if fields is None:
+        return {"spec": spec.to_dict()}
+    zero = None if fields.zero is None else int(fields.zero.item())
+    return {"spec": spec.to_dict(), "scale": fields.scale.item(), "zero_point": zero}
+
+
+def _together(write: Callable[[TensorStream], Receipt], stream: TensorStream) -> Receipt:
     """`write(stream)` on rank 0 while the others go through the same stream; all return its receipt or all raise."""
     if _world() == 1:
-        return write(stream)  # type: ignore[no-any-return]
+        return write(stream)
     outcome: list[Any] = [None]
     problem: BaseException | None = None
     if _rank() == 0:

@@ -188,11 +188,13 @@ def read_back(fmt: Format, folder: Path, records: list[TensorRecord], bundle: Bu
             raise ExportError(f"{folder}: {name} has shape {list(weight.shape)}, the receipt says {record.shape}")
         seen = weight.to(record.torch_dtype)
         if tensor_sha256(seen) != record.sha256:
-            raise ExportError(f"{folder}: {name} read back by {fmt.reader()} is not the trained weight{_by(seen, name, bundle)}")
+            by = _by(seen, name, bundle)
+            raise ExportError(f"{folder}: {name} read back by {fmt.reader()} is not the trained weight{by}")
         spec = "float" if record.spec is None else str(QuantSpec.from_dict(record.spec))
         rows.append(Row(name, spec, tuple(record.shape), record.dtype, record.sha256, 0.0, fmt.reader()))
     if wanted:
-        raise ExportError(f"{folder}: {len(wanted)} tensors of the receipt are not in the files, {next(iter(wanted))} for one")
+        first = next(iter(wanted))
+        raise ExportError(f"{folder}: {len(wanted)} tensors of the receipt are not in the files, {first} for one")
     return rows
 
 

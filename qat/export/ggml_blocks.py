@@ -32,7 +32,7 @@ def encode_blocks(kind: str, codes: Tensor, scale: Tensor) -> Tensor:
     head = d.view(torch.uint8).reshape(rows, blocks, 2)
     grouped = codes.to(torch.int16).reshape(rows, blocks, BLOCK)
     if kind == "Q4_0":
-        low, high = (grouped + 8).split(BLOCK // 2, dim=-1)
+        low, high = (grouped + 8).chunk(2, dim=-1)
         body = (low | high << 4).to(torch.uint8)
     else:
         body = grouped.to(torch.int8).view(torch.uint8)
@@ -45,8 +45,6 @@ def decode_blocks(kind: str, data: Tensor) -> tuple[Tensor, Tensor]:
     blocks = data.reshape(rows, -1, size)
     scale = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
     body = blocks[..., 2:].contiguous()
-    if kind == "Q4_0":
-        codes = torch.cat([body & 15, body >> 4], dim=-1).to(torch.int8) - 8
-    else:
-        codes = body.view(torch.int8)
+    nibbles = kind == "Q4_0"
+    codes = torch.cat([body & 15, body >> 4], dim=-1).to(torch.int8) - 8 if nibbles else body.view(torch.int8)
     return codes.reshape(rows, -1), scale

@@ -1,7 +1,7 @@
 """Which transformers models a GGUF file can hold, and the header that tells llama.cpp about them.
 
     model_type   architecture   rows of q_proj and k_proj
-    llama        llama          re-ordered: llama.cpp rotates neighbouring numbers, transformers the two halves of a head
+    llama        llama          re-ordered: llama.cpp rotates neighbours, transformers the two halves of a head
     mistral      llama          re-ordered
     qwen2        qwen2          as they are
     qwen3        qwen3          as they are
@@ -40,7 +40,7 @@ def model_reasons(config: Any, parameters: list[str]) -> list[str]:
     kind = getattr(config, "model_type", None)
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        return [f"GGUF files are written for the transformers models {known}; this one is {kind or 'not from transformers'}"]
+        return [f"GGUF files are written for the transformers models {known}, not for {kind}; use compressed-tensors"]
     found = []
     if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
         found.append(f"hidden_act={config.hidden_act!r}; llama.cpp computes this architecture with silu")
@@ -55,8 +55,8 @@ def model_reasons(config: Any, parameters: list[str]) -> list[str]:
             f"sliding_window={window}: llama.cpp attends to all of the context for this architecture; "
             f"set sliding_window to null or max_position_embeddings to at most {window}"
         )
-    known = set(hf_names(config))
-    unknown = [name for name in parameters if name not in known]
+    names = set(hf_names(config))
+    unknown = [name for name in parameters if name not in names]
     if unknown:
         found.append(f"parameters that {kind} models do not have: {', '.join(unknown[:3])}; remove or merge them first")
     return found

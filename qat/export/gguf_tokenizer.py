@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from qat.errors import ExportError
+from qat.errors import ExportError, QATError
+from qat.export.hf_folder import load_tokenizer
 from qat.export.llama_cpp import LlamaCpp, installed
 
 log = logging.getLogger(__name__)
@@ -36,41 +36,21 @@ SAMPLES = (
     "def f(x: int) -> list[str]:\n    return [str(i) for i in range(x)]\n\n\n",
     "\tif a != b:\r\n\t\traise ValueError(f\"{a!r} is not {b!r}\")  # WE'LL SEE\n",
     "   leading, trailing   \n \n  and\u00a0hard spaces\u3000too ",
-    "caf\u00e9 na\u00efve \u00dcbergr\u00f6\u00dfe \u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627",
+    "\u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093 \u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627",
+    "caf\u00e9 na\u00efve \u00dcbergr\u00f6\u00dfe",
     "emoji \U0001f600\U0001f44d\U0001f3fd, math \u2200x\u2208\u211d: \u221ax\u00b2=|x|, \u00bd \u2163 \u0663\u0664",
     "__init__ self.x1y2 0x1F 1e-5 a_b-c+d*e/f%g **kwargs @dec <tag/> {\"k\": [1,2,3]}\\n",
 )
 
 
-def load_tokenizer(tokenizer: Any) -> Any:
-    """A transformers tokenizer from itself, from a `tokenizers.Tokenizer`, or from a folder.
-
-    Raises ExportError if there is none or it cannot be loaded.
-    """
-    if isinstance(tokenizer, (str, PathLike)):
-        from transformers import AutoTokenizer
-
-        if not Path(tokenizer).is_dir():
-            raise ExportError(f"there is no tokenizer folder {tokenizer}")
-        try:
-            return AutoTokenizer.from_pretrained(str(tokenizer))
-        except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise ExportError(f"the tokenizer in {tokenizer} cannot be loaded: {_line(problem)}") from None
-    if type(tokenizer).__module__.partition(".")[0] == "tokenizers":
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    return tokenizer
-
-
 def tokenizer_reasons(tokenizer: Any, vocab_size: int) -> list[str]:
     """Why this tokenizer cannot go into a GGUF file for a model with `vocab_size` embeddings; empty means it can."""
     if tokenizer is None:
-        return ["llama.cpp needs the tokenizer inside the file; pass tokenizer= (a transformers tokenizer or its folder)"]
+        return ["llama.cpp needs the tokenizer inside the file; pass tokenizer= (one of transformers, or a folder)"]
     try:
         loaded = load_tokenizer(tokenizer)
         data = _description(loaded)
-    except ExportError as problem:
+    except QATError as problem:
         return [str(problem)]
     model = data["model"]
     if model["type"] != "BPE" or model.get("byte_fallback") or not _is_byte_level(data):
@@ -190,7 +170,3 @@ def _added_at_the_ends(tokenizer: Any) -> tuple[bool, bool] | None:
             if [*head, *plain, *tail] == list(full):
                 return begins, ends
     return None
-
-
-def _line(problem: Exception) -> str:
-    return " ".join(str(problem).split())[:200]

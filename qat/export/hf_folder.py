@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qat.errors import ExportError
+from qat.hf import load_tokenizer as load_tokenizer_folder
 
 _INDEX = "model.safetensors.index.json"
 _WRAPPERS = ("FSDP", "QAT", "OptimizedModule")
@@ -111,3 +113,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     except (OSError, ValueError) as problem:
         raise ExportError(f"{path} cannot be read ({problem})") from None
+
+
+def load_tokenizer(tokenizer: Any) -> Any:
+    """A transformers tokenizer from itself, from a `tokenizers.Tokenizer`, or from a folder.
+
+    Raises QATError for a folder that holds none.
+    """
+    if isinstance(tokenizer, (str, PathLike)):
+        return load_tokenizer_folder(tokenizer)
+    if type(tokenizer).__module__.partition(".")[0] == "tokenizers":
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return tokenizer

@@ -167,7 +167,8 @@ class LlamaCpp:
         if not 0 < count <= self.context:
             raise ExportError(f"a sequence of {count} tokens does not fit the context of {self.context}")
         if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
-            raise ExportError(f"token ids reach from {int(tokens.min())} to {int(tokens.max())}; the file has {self.vocab_size}")
+            reach = f"{int(tokens.min())} to {int(tokens.max())}"
+            raise ExportError(f"token ids reach from {reach}; the file has {self.vocab_size} tokens")
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         wanted = torch.ones(count, dtype=torch.int8)
         batch = _Batch(count, tokens.data_ptr(), None, None, None, None, wanted.data_ptr())

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 _OCTET = 8
+# codes widened to 64 bits at a time
+_CHUNK = 1 << 22
 
 
 def words_per_row(columns: int, bits: int) -> int:
@@ -30,6 +32,9 @@ def words_per_row(columns: int, bits: int) -> int:
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Codes [R, K], any integer dtype, each within 0..2^bits-1 -> int32 words [R, ceil(K * bits / 32)]."""
+    if codes.numel() > _CHUNK and codes.shape[0] > 1:
+        pieces = -(-codes.numel() // _CHUNK)
+        return torch.cat([pack_bits(part, bits) for part in codes.chunk(min(pieces, codes.shape[0]))])
     rows, columns = codes.shape
     octets = -(-columns // _OCTET)
     padded = torch.zeros(rows, octets * _OCTET, dtype=torch.int64)
@@ -45,6 +50,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(words: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack_bits`: int32 words [R, W] -> codes [R, columns] as int16 within 0..2^bits-1."""
+    if words.shape[0] * columns > _CHUNK and words.shape[0] > 1:
+        pieces = -(-words.shape[0] * columns // _CHUNK)
+        return torch.cat([unpack_bits(part, bits, columns) for part in words.chunk(min(pieces, words.shape[0]))])
     rows = words.shape[0]
     octets = -(-columns // _OCTET)
     stream = torch.zeros(rows, octets * bits, dtype=torch.uint8)

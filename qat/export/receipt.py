@@ -52,6 +52,7 @@ class Receipt:
     """All that `qat.verify` needs, and all that a reader wants to know.
 
     weights   last, best or ema: which weights of the run these are
+    inputs    layer -> spec and, for a static range, scale and zero point of its quantized input
     reader    whose code read the file back when the receipt was written
     """
 
@@ -61,6 +62,7 @@ class Receipt:
     recipe: dict[str, Any]
     tensors: list[TensorRecord]
     files: list[FileRecord]
+    inputs: dict[str, Any] = field(default_factory=dict)
     reader: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
@@ -117,7 +119,7 @@ def check_files(folder: Path, receipt: Receipt) -> None:
     for record in receipt.files:
         path = folder / record.name
         if not path.resolve().is_relative_to(folder.resolve()):
-            raise ExportError(f"the receipt of {folder} names {record.name!r}, outside the folder; it was tampered with")
+            raise ExportError(f"the receipt of {folder} names {record.name!r}, outside it; it was tampered with")
         if not path.is_file():
             raise ExportError(f"{path} is missing; the receipt lists it with {record.bytes:,} bytes")
         size = path.stat().st_size

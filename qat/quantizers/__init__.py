@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import cast
 
 from qat.layout import Layout
-from qat.quantizers.base import Fields, Quantizer
+from qat.qtensor import Fields
+from qat.quantizers.base import Quantizer
 from qat.registry import discover, lookup
 from qat.specs import QuantSpec
 

@@ -10,13 +10,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qat.quantizers.base import Fields, Quantizer, absmax_scale
+from qat.qtensor import Fields
+from qat.quantizers.base import Quantizer, absmax_scale
 
 
 class Absmax(Quantizer):
     name = "absmax"
     identity_gradient = True
     for_activations = True
+
+    @classmethod
+    def reasons(cls, spec: QuantSpec, *, activation: bool = False) -> list[str]:
+        found = super().reasons(spec, activation=activation)
+        if spec.bits == 1 and spec.signed:
+            # absmax / 0.5 puts the largest weight half a step from 0, and half rounds to even
+            found.append("a signed 1-bit grid has the codes -1 and 0, and absmax maps all to 0; use quantizer=mse or lsq")
+        return found
 
     def qparams(self, w_RK: Tensor) -> Fields:
         return Fields(self.live_spec.scale_grid.project(absmax_scale(w_RK.detach(), self.live_spec)))

@@ -15,7 +15,7 @@ State that must survive `.to(bfloat16)` (bf16-true, FSDP's buffer dtype) is kept
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +23,15 @@ from torch import Tensor, nn
 from qat.errors import QATError
 from qat.fake_quant_kernels.affine import encode, fake_quantize
 from qat.layout import Layout
-from qat.qtensor import QTensor
+from qat.qtensor import Fields, QTensor
 from qat.specs import QuantSpec
 
 
-class Fields(NamedTuple):
-    """What is stored beside the codes: fp32 on the scale grid, [R, G] or [1, 1]; zero integral within the codes."""
-
-    scale: Tensor
-    zero: Tensor | None = None
-    minimum: Tensor | None = None
-
-
 def split(value: Tensor, parts: int) -> Tensor:
-    """fp32 [...] -> [parts, ...] of bf16-representable fp32 numbers whose sum is `value` exactly (24 bits need 3)."""
+    """fp32 [...] -> [parts, ...] of bf16-representable fp32 numbers whose sum is `value` exactly (24 bits need 3).
+
+    Exact where |value| >= 2^-110: below, the last bits of an fp32 number are smaller than any bf16 number.
+    """
     rest, found = value.float(), []
     for _ in range(parts):
         part = rest.to(torch.bfloat16).float()
@@ -221,6 +216,17 @@ def fields_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> Fields:
         return Fields(scale, zero_of(low, scale, spec), None)
     reach = grid.steps / 2 if grid.signed else grid.qmax
     return Fields(spec.scale_grid.project(torch.maximum(-low, high) / reach), None, None)
+
+
+def range_of_fields(fields: Fields, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The ranges low, high [R, G] from which `fields_of_range` makes these fields."""
+    grid = spec.grid
+    if fields.minimum is not None:
+        return fields.minimum, fields.minimum + fields.scale * grid.steps
+    if fields.zero is not None:
+        return (grid.qmin - fields.zero) * fields.scale, (grid.qmax - fields.zero) * fields.scale
+    reach = fields.scale * (grid.steps / 2 if grid.signed else grid.qmax)
+    return -reach, reach
 
 
 def zero_of(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:

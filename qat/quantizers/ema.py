@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.quantizers.base import Fields, Quantizer, fields_of_range, joined, split
+from qat.qtensor import Fields
+from qat.quantizers.base import Quantizer, fields_of_range, joined, split
 
 # Jacob et al. 2018 smooth over thousands of steps; 0.1 follows fine-tuning runs of hundreds of steps.
 MOMENTUM = 0.1

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.base import Fields, joined
+from qat.qtensor import Fields
+from qat.quantizers.base import joined
 from qat.quantizers.mse import Stored, search
 
 RATE = 10.0
@@ -25,7 +26,8 @@ RATE = 10.0
 class Lsq(Stored):
     """theta [R, G] has the latent's dtype (FSDP2 wants one dtype per unit) and is read in fp32.
 
-    For an activation (static, per tensor) s0 is the searched scale of the first training batch that is seen.
+    For an activation (static, per tensor) the range is the searched one of the first optimizer step's batches, the
+    widest of them; theta then moves its scale.
     """
 
     name = "lsq"
@@ -40,7 +42,8 @@ class Lsq(Stored):
             self.seen: Tensor
             self.scratch: Tensor
             self.register_buffer("seen", torch.zeros(1))
-            self.register_buffer("scratch", torch.zeros(1), persistent=False)
+            # (-low, high) of the searched ranges, so that the maximum is what ranks and micro-batches agree on
+            self.register_buffer("scratch", torch.full((2,), -torch.inf), persistent=False)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -60,8 +63,12 @@ class Lsq(Stored):
     def qparams(self, w_RK: Tensor) -> Fields:
         scale, zero, minimum = self.start()
         if self.layout.kind == "tokens" and not self._settled:
-            now = search(w_RK.detach(), self.live_spec).scale
-            scale = torch.where(self.seen.float() > 0, scale, now)
+            now, seen = search(w_RK.detach(), self.live_spec), self.seen.float() > 0
+            scale, zero, minimum = (
+                None if a is None or b is None else torch.where(seen, a, b)
+                for a, b in zip((scale, zero, minimum), now, strict=True)
+            )
+            assert scale is not None
         if not self.frozen:
             scale = scale * torch.exp(RATE * self.theta.float())
         return Fields(self.spec.scale_grid.project(scale), zero, minimum)
@@ -75,15 +82,17 @@ class Lsq(Stored):
     @torch.no_grad()
     def observe(self, x_TI: Tensor) -> None:
         if not self._settled:
-            found = search(x_TI.float(), self.spec).scale.reshape(1)
+            low, high = range_of_fields(search(x_TI.float(), self.spec), self.spec)
+            found = torch.cat([-low.reshape(1), high.reshape(1)])
             self.scratch.copy_(torch.maximum(self.scratch, found.to(self.scratch.dtype)))
 
     @torch.no_grad()
     def commit(self) -> None:
         if self.layout.kind != "tokens" or self._settled:
             return
-        if float(self.seen) == 0 and float(self.scratch) > 0:
-            self.store(Fields(self.spec.scale_grid.project(self.scratch.float().reshape(1, 1))))
+        if float(self.seen) == 0 and bool(torch.isfinite(self.scratch).all()):
+            low, high = self.scratch.float().reshape(2, 1, 1).unbind(0)
+            self.store(fields_of_range(-low, high, self.spec))
             self.seen.fill_(1.0)
         self._settled = float(self.seen) > 0
         self.forget()
@@ -91,7 +100,7 @@ class Lsq(Stored):
     @torch.no_grad()
     def forget(self) -> None:
         if self.layout.kind == "tokens":
-            self.scratch.zero_()
+            self.scratch.fill_(-torch.inf)
 
     @torch.no_grad()
     def restart(self) -> None:

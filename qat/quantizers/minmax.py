@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qat.quantizers.base import Fields, Quantizer, minmax_fields
+from qat.qtensor import Fields
+from qat.quantizers.base import Quantizer, minmax_fields
 
 
 class Minmax(Quantizer):

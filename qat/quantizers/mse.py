@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qat.fake_quant_kernels.affine import decode, encode
-from qat.quantizers.base import Fields, Quantizer, fields_of_range, grouped, joined, split
+from qat.qtensor import Fields
+from qat.quantizers.base import Quantizer, fields_of_range, grouped, joined, split
 from qat.specs import QuantSpec
 
 CANDIDATES = 60
@@ -90,7 +91,10 @@ class Stored(Quantizer):
         zero = None if self.start_zero is None else torch.round(joined(self.start_zero))
         minimum = None if self.start_minimum is None else joined(self.start_minimum)
         if self.live_spec is not self.spec:
-            scale = scale * (self.spec.grid.steps / self.live_spec.grid.steps)
+            own, live = self.spec.grid, self.live_spec.grid
+            scale = scale * (own.steps / live.steps)
+            if zero is not None:
+                zero = live.qmin + torch.round((zero - own.qmin) * (live.steps / own.steps))
         return Fields(scale, zero, minimum)
 
 

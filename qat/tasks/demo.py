@@ -13,7 +13,9 @@ trained models are exported, and read back by llama.cpp and by transformers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import logging
 import shutil
 import sys
@@ -121,7 +123,7 @@ class Demo:
         self.held_out = evenly(held_out, options.held_out_blocks)
         self.watched = evenly(held_out, options.watched_blocks)
         self.float_model, self.float_curve = self.pretrain()
-        with self.stage("held-out text through the float model"):
+        with self.stage("held-out text"):
             self.reference = list(log_probs(self.float_model, self.held_out))
             self.watched_reference = list(log_probs(self.float_model, self.watched))
             self.float_scores = compare(self.reference, self.reference, self.held_out)
@@ -137,9 +139,9 @@ class Demo:
     def data(self) -> tuple[Corpus, Any, Tensor, Tensor]:
         """Corpus, tokenizer, training and held-out blocks [N, context]."""
         options = self.settings
-        with self.stage("the standard library's source text"):
+        with self.stage("source text"):
             corpus = read_corpus(limit=options.corpus_limit)
-        with self.stage(f"a tokenizer of {options.vocab:,} byte pairs"):
+        with self.stage("tokenizer"):
             tokenizer = train_tokenizer(corpus.train[::4], options.vocab)
             train = token_blocks(tokenizer, corpus.train, options.context)
             held_out = token_blocks(tokenizer, corpus.held_out, options.context)
@@ -175,7 +177,7 @@ class Demo:
         """The control: the float model for as many further steps, in the same order of data, as the quantized ones."""
         model = copy.deepcopy(self.float_model)
         curve = Curve(self.watch)
-        self.fit(model, "float, trained on", self.settings.extra_steps, self.settings.lr_4bit, [curve])
+        self.fit(model, "float trained on", self.settings.extra_steps, self.settings.lr_4bit, [curve])
         return self.score(model), curve
 
     def fit(
@@ -233,7 +235,7 @@ class Demo:
         """Round to nearest, then train, export, read back."""
         began = time.monotonic()
         names = [name for name, module in self.float_model.named_modules() if isinstance(module, nn.Linear)]
-        with self.stage(f"{case.name}: nearest codes, scales of least squared error"):
+        with self.stage(f"{case.name}: RTN"):
             rounded = copy.deepcopy(self.float_model)
             qat.prepare(rounded, case.recipe)
             rtn = self.score(rounded)
@@ -247,8 +249,10 @@ class Demo:
             ExportCallback(str(folder), format=case.format, tokenizer=self.tokenizer, overwrite=True),
         ]
         model = copy.deepcopy(self.float_model)
-        self.fit(model, f"{case.name}: QAT", case.recipe.train.max_steps, case.recipe.train.lr, callbacks)
-        with self.stage(f"{case.name}: exported file through {case.reader}"):
+        options = case.recipe.train
+        trained_module = self.fit(model, f"{case.name}: QAT", options.max_steps, options.lr, callbacks)
+        plan = qat.convert(trained_module).plan
+        with self.stage(f"{case.name}: file in {case.reader}"):
             trained = list(log_probs(model, self.held_out))
             scores = compare(self.reference, trained, self.held_out)
             errors["QAT"] = output_errors(self.float_model, model, names, self.watched)
@@ -256,10 +260,10 @@ class Demo:
             checked = [row for row in qat.verify(folder) if row.spec != "float"]
             served, texts = self.llama_cpp(folder) if case.format == "gguf" else self.transformers(folder)
             engine = compare(trained, served, self.held_out)
-        rows = qat.convert(model).plan.rows
-        bits = sum(r.params * r.weight.bits_per_weight(r.columns) for r in rows) / sum(r.params for r in rows)
+        bits = sum(r.params * r.weight.bits_per_weight(r.columns) for r in plan.rows if r.weight is not None)
+        bits /= sum(r.params for r in plan.rows)
         return Outcome(
-            case, rtn, scores, engine, receipt, checked, bits, qat.convert(model).plan.coverage,
+            case, rtn, scores, engine, receipt, checked, bits, plan.coverage,
             max(file.bytes for file in receipt.files), curve, errors, texts, time.monotonic() - began,
         )  # fmt: skip
 
@@ -276,11 +280,10 @@ class Demo:
     def transformers(self, folder: Path) -> tuple[list[Tensor], list[str]]:
         """The same by transformers, which unpacks with compressed-tensors."""
         from transformers import AutoModelForCausalLM
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-        served = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        found = list(log_probs(served, self.held_out))
+        # compressed-tensors draws bars of its own while it unpacks, at loading and in the first forward.
+        with contextlib.redirect_stderr(io.StringIO()):
+            served = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            found = list(log_probs(served, self.held_out))
         return found, [self.text(greedy(served, *self.prompt(prompt))) for prompt in PROMPTS]
 
     def reference_file(self) -> tuple[Scores, int]:
@@ -297,7 +300,7 @@ class Demo:
                 "export": {"targets": ["gguf"]},
             }
         )
-        with self.stage("the float model as Q8_0 in llama.cpp, for comparison"):
+        with self.stage("float as Q8_0 in llama.cpp"):
             model = copy.deepcopy(self.float_model)
             qat.prepare(model, recipe)
             folder = self.out / "float_q8_0"
@@ -368,6 +371,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def hush() -> None:
     """The demo's screen is its progress bars and its table: no notices of the trainer about loggers and workers."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(lightning|pytorch_lightning|torch)\b")
     for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from qat.tasks.flavour import lightning
@@ -27,7 +27,7 @@ class StageBar(L.Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
         loss = float(outputs["loss"])
-        self.progress.update(self.line, completed=trainer.global_step, note=f"loss {loss:.4g}")
+        self.progress.update(self.line, completed=trainer.global_step, note=f"{trainer.global_step}/{trainer.max_steps}, loss {loss:.4g}")
 
 
 class Curve(L.Callback):  # type: ignore[misc]
@@ -74,8 +74,7 @@ def stages(console: Any = None) -> Iterator[Stages]:
     columns = (
         SpinnerColumn(finished_text="[green]✓"),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=16),
         TimeElapsedColumn(),
         TextColumn("[dim]{task.fields[note]}"),
     )

@@ -14,6 +14,7 @@ to t. 1, 2, 4 and 8 bits are laid out alike by all versions; 3, 5, 6 and 7 need 
 
 transformers loads symmetric files as they are, single- or mixed-group, and an asymmetric file with
 `CompressedTensorsConfig(dequantize=True)`, which knows one group only: asymmetric grids in several groups are refused.
+The same flag loads T5 and Mamba, whose own weight initialization trips over a packed layer.
 """
 
 from __future__ import annotations
@@ -31,12 +32,10 @@ from qat.convert import Bundle
 from qat.errors import ExportError
 from qat.export import hf_folder
 from qat.export.format import Format, TensorStream
-from qat.export.gguf_tokenizer import load_tokenizer
 from qat.export.packing import pack_bits, unpack_bits
 from qat.layout import Layout
 from qat.plan import PlanRow
-from qat.qtensor import QTensor
-from qat.quantizers.base import Fields
+from qat.qtensor import Fields, QTensor
 from qat.specs import QuantSpec
 
 PACKED, INTEGER = "pack-quantized", "int-quantized"
@@ -72,7 +71,7 @@ class CompressedTensors(Format):
 
     def model_reasons(self, bundle: Bundle, tokenizer: Any) -> list[str]:
         if bundle.config is None:
-            return ["the model has no transformers config; compressed-tensors needs one (config.json tells how to load it)"]
+            return ["the model has no transformers config; compressed-tensors needs it as config.json"]
         dtype = hf_folder.model_dtype(bundle.module)
         found = []
         if dtype not in _HOLDS["portable"]:
@@ -80,8 +79,9 @@ class CompressedTensors(Format):
         specs = bundle.specs()
         odd = sorted({spec.scale for spec in specs.values() if dtype not in _HOLDS[spec.scale]})
         if odd:
-            found.append(f"scale={odd[0]} does not fit a model in {dtype}, which stores scales too; use scale: portable")
-        groups = {_scheme(spec, bundle.inputs.get(_layer(name))) for name, spec in specs.items()}
+            found.append(f"scale={odd[0]} does not fit a model in {dtype}, the dtype of stored scales; use portable")
+        inputs = bundle.inputs
+        groups = {_scheme(spec, inputs.get(_layer(name))) for name, spec in specs.items()}
         if len(groups) > 1 and any(not _symmetric(spec) for spec in specs.values()):
             found.append(
                 "grids with a zero point beside other grids: transformers loads such a file in no way; "
@@ -98,6 +98,8 @@ class CompressedTensors(Format):
         spec, bits = weight.spec, weight.spec.bits
         offset = _offset(spec)
         scale = weight.scale.to(dtype or weight.out_dtype)
+        if not torch.equal(scale.float(), weight.scale.float()):
+            raise ExportError(f"{name}: scales stored in {scale.dtype} would be rounded; use scale: portable")
         zero = weight.zero_point
         if not _symmetric(spec):
             zero = torch.zeros_like(weight.scale, dtype=torch.int16) if zero is None else zero
@@ -141,21 +143,20 @@ class CompressedTensors(Format):
     def write(self, stream: TensorStream, folder: Path, tokenizer: Any) -> None:
         bundle = stream.bundle
         dtype = hf_folder.model_dtype(bundle.module)
-        also = {owner: name for name, owner in bundle.tied.items()}
         shards = hf_folder.ShardWriter(folder, self.shard_bytes)
         for entry, value in stream:
             if not isinstance(value, QTensor):
                 shards.add({entry.name: value})
                 continue
-            for name in filter(None, (entry.name, also.get(entry.name))):
+            for name in (entry.name, *(alias for alias, owner in bundle.tied.items() if owner == entry.name)):
                 layer = _layer(name)
                 given = stream.inputs.get(layer)
-                tensors = {**self.pack(name, value, _container(value.spec, given), dtype), **_static_input(given, dtype)}
+                tensors = self.pack(name, value, _container(value.spec, given), dtype) | _static_input(given, dtype)
                 shards.add({f"{layer}.{key}": tensor for key, tensor in tensors.items()})
         shards.close()
         hf_folder.write_config(folder, bundle.module, _quantization_config(stream))
         if tokenizer is not None:
-            load_tokenizer(tokenizer).save_pretrained(str(folder))
+            hf_folder.load_tokenizer(tokenizer).save_pretrained(str(folder))
 
     def read(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         groups = _groups(folder)
@@ -202,7 +203,7 @@ def _input_reasons(spec: QuantSpec) -> list[str]:
         found.append(f"input granularity={spec.granularity}: compressed-tensors has token (dynamic) or tensor (static)")
     if spec.zero_point == "float" or spec.narrow or (spec.zero_point == "none" and not spec.signed):
         nearest = "{bits: 8, granularity: token, zero_point: none, narrow: false, signed: true}"
-        found.append(f"input grid {spec}: compressed-tensors rounds inputs to the whole signed grid; nearest: {nearest}")
+        found.append(f"input grid {spec}: compressed-tensors takes the whole signed grid; nearest: {nearest}")
     return found
 
 
@@ -282,9 +283,9 @@ def _quantization_config(stream: TensorStream) -> dict[str, Any]:
 
 def _static_input(given: tuple[QuantSpec, Fields | None] | None, dtype: torch.dtype) -> dict[str, Tensor]:
     """`input_scale` [1] and `input_zero_point` [1] of a static input; {} for a dynamic one."""
-    if given is None or given[1] is None:
+    spec, fields = given or (None, None)
+    if spec is None or fields is None:
         return {}
-    spec, fields = given
     found = {"input_scale": fields.scale.reshape(1).to(dtype)}
     if fields.zero is not None:
         half = 1 << (spec.bits - 1)

@@ -53,7 +53,7 @@ class Gguf(Format):
         if row.weight is None:
             return found
         if set(row.kinds.values()) - {"linear", "embedding"}:
-            found.append(f"{row.type} has no place in the GGUF file of a Llama-like model; add a rule with keep_float: true")
+            found.append(f"{row.type} has no place in a Llama-like GGUF file; add a rule with keep_float: true")
         found += self._spec_reasons(row.weight)
         step = row.weight.group_size or row.columns
         if step % ggml_blocks.BLOCK:
@@ -85,9 +85,9 @@ class Gguf(Format):
         stream = TensorStream(bundle)
         names = [entry.name for entry in stream.entries]
         found = gguf_model.model_reasons(bundle.config, [*names, *bundle.tied])
-        odd = [entry.name for entry in stream.entries if entry.spec is None and entry.dtype not in _FLOATS]
+        odd = next(((e.name, e.dtype) for e in stream.entries if e.spec is None and e.dtype not in _FLOATS), None)
         if odd:
-            found.append(f"{odd[0]} has a dtype that GGUF does not hold; cast the model to float32, float16 or bfloat16")
+            found.append(f"{odd[0]} is {odd[1]}, which GGUF does not hold; cast the model to float32")
         return found + tokenizer_reasons(tokenizer, getattr(bundle.config, "vocab_size", 0))
 
     # ---- one tensor ----------------------------------------------------------------------------------------------
@@ -95,6 +95,8 @@ class Gguf(Format):
     def pack(self, name: str, weight: QTensor) -> dict[str, Tensor]:
         """{ggml type: uint8 [R, bytes of a row]}."""
         kind = self._type(weight.spec)
+        if not torch.equal(weight.scale.to(torch.float16).float(), weight.scale.float()):
+            raise ExportError(f"{name}: scales stored in fp16 would be rounded; use scale: portable")
         return {kind: ggml_blocks.encode_blocks(kind, weight.codes, weight.scale)}
 
     def unpack(self, packed: dict[str, Tensor], spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> QTensor:
@@ -135,7 +137,8 @@ class Gguf(Format):
                 self._announce(writer, entry, table)
             factors = gguf_model.rope_factors(config)
             if factors is not None:
-                writer.add_tensor_info(gguf_model.ROPE_FACTORS, tuple(factors.shape), np.dtype(np.float32), factors.nbytes)
+                single = np.dtype(np.float32)
+                writer.add_tensor_info(gguf_model.ROPE_FACTORS, tuple(factors.shape), single, factors.nbytes)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -178,11 +181,16 @@ class Gguf(Format):
         return rows.to(torch.float32 if kind == "F32" else torch.float16).contiguous().numpy()
 
     def read(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
-        import gguf
+        try:
+            import gguf
+        except ImportError:
+            raise ExportError("GGUF files are read with the package gguf; pip install gguf") from None
 
         path = folder / FILE
+        if not path.is_file():
+            raise ExportError(f"{path} is missing")
         try:
-            reader = gguf.GGUFReader(path)
+            reader: Any = gguf.GGUFReader(path)
             architecture = reader.get_field("general.architecture").contents()
             blocks = reader.get_field(f"{architecture}.block_count").contents()
             config = SimpleNamespace(
@@ -193,7 +201,8 @@ class Gguf(Format):
             )
             table = gguf_model.name_table(architecture, blocks)
         except (OSError, ValueError, KeyError, IndexError, AttributeError, StopIteration) as problem:
-            raise ExportError(f"{path} is not a GGUF file that can be read ({type(problem).__name__}: {problem})") from None
+            what = f"{type(problem).__name__}: {problem}"
+            raise ExportError(f"{path} is not a GGUF file that can be read ({what})") from None
         names = {gguf_model.gguf_name(table, name): name for name in gguf_model.hf_names(config)}
         for tensor in reader.tensors:
             if tensor.name == gguf_model.ROPE_FACTORS:

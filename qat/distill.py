@@ -1,0 +1,276 @@
+"""Learning from the float model: losses, the teacher's place, and a fingerprint that tells one teacher from another.
+
+    kl     mean over tokens of sum_c p_c (log p_c - log q_c), p teacher, q student, both softmax(logits / T), times T^2
+           so that gradients keep their size (Hinton et al. 2015)
+    mse    mean over tokens and features of (student - teacher)^2
+    cosine mean over rows of 1 - cos(student, teacher), for embeddings
+
+`attach` swaps the class of the module to distil. Its forward then runs the teacher on the same arguments and keeps the
+loss, which `distill_loss` hands out; training code stays as it is. The teacher is no child of anything: it is in no
+state dict, in no optimizer and in no checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from qat.errors import QATError
+from qat.prepare import unprepare
+
+_TAP = "_qat_tap"
+_IGNORED_LABEL = -100
+# Where a model's output may keep what is compared, in this order.
+_OUTPUTS = ("logits", "sentence_embedding", "pooler_output", "last_hidden_state")
+# Classes whose logits at position t are compared with the label at t + 1.
+_SHIFTS = re.compile(r"(CausalLM|LMHeadModel|LMHead)$")
+_SAMPLED = 256
+
+
+# ---- losses --------------------------------------------------------------------------------------------------------
+
+
+def kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """Logits [..., C] of any float dtype, mask [...] bool (True counts) -> fp32 scalar, >= 0 up to rounding."""
+    p = F.log_softmax(teacher.float() / temperature, -1)
+    q = F.log_softmax(student.float() / temperature, -1)
+    return _mean((p.exp() * (p - q)).sum(-1), mask) * temperature**2
+
+
+def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """Features [..., C], mask [...] -> fp32 scalar; the temperature means nothing here."""
+    return _mean((student.float() - teacher.float()).square().mean(-1), mask)
+
+
+def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """Embeddings [..., C], mask [...] -> fp32 scalar in 0..2; the temperature means nothing here."""
+    return _mean(1.0 - F.cosine_similarity(student.float(), teacher.float(), dim=-1), mask)
+
+
+LOSSES = {"kl": kl, "mse": mse, "cosine": cosine}
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return values.mean()
+    # not values * mask: a padded position may hold NaN
+    kept = torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+    return kept.sum() / mask.sum().clamp(min=1)
+
+
+def token_mask(shape: torch.Size, kwargs: Mapping[str, Any], shifts: bool) -> Tensor | None:
+    """Which positions of an output of `shape` [..., C] count, from the arguments of the call; None: all of them.
+
+    Labels of -100 do not count; where the model predicts the next token (`shifts`), position t is judged by label t + 1
+    and the last one not at all. Without labels, padding by `attention_mask` does not count.
+    """
+    labels, attention = kwargs.get("labels"), kwargs.get("attention_mask")
+    if isinstance(labels, Tensor) and labels.shape == shape[:-1]:
+        mask = labels != _IGNORED_LABEL
+        if shifts:
+            mask = torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)
+        return mask
+    if isinstance(attention, Tensor) and attention.shape == shape[:-1]:
+        return attention.bool()
+    return None
+
+
+def output_of(found: Any) -> Tensor:
+    """The tensor to compare in a model's output: itself, its logits or embedding, or the first tensor with features.
+
+    Raises QATError if there is none.
+    """
+    if isinstance(found, Tensor):
+        return found
+    for name in _OUTPUTS:
+        value = found.get(name) if isinstance(found, Mapping) else getattr(found, name, None)
+        if isinstance(value, Tensor):
+            return value
+    values: Iterable[Any] = (
+        found.values() if isinstance(found, Mapping) else found if isinstance(found, tuple | list) else ()
+    )
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2:
+            return value
+    raise QATError(
+        f"the module to distil returns a {type(found).__name__} without logits or embedding to compare; choose another "
+        "one with module="
+    )
+
+
+# ---- teacher -------------------------------------------------------------------------------------------------------
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A float copy of a module, prepared or not: eval mode, no gradients. Raises QATError for weights that are not here."""
+    for name, parameter in module.named_parameters():
+        if parameter.device.type == "meta" or hasattr(parameter, "placements"):
+            state = "on the meta device" if parameter.device.type == "meta" else "sharded"
+            raise QATError(
+                f"{name} is {state}, so no teacher can be copied from it; give the teacher (a module or a folder)"
+            )
+    teacher = copy.deepcopy(module)
+    unprepare(teacher)
+    return freeze(teacher)
+
+
+def freeze(teacher: nn.Module) -> nn.Module:
+    """Eval mode for good, no gradients."""
+    return teacher.requires_grad_(False).eval()
+
+
+def fingerprint(module: nn.Module) -> str:
+    """sha256 (hex) over names, shapes and a sample of the values of every parameter and buffer, as fp32."""
+    digest = hashlib.sha256()
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        flat = value.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].float().cpu()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- the tap -------------------------------------------------------------------------------------------------------
+
+
+class Tap:
+    """Beside a module: its teacher, and the losses of the forwards since `open`."""
+
+    def __init__(self, teacher: nn.Module, loss: str, temperature: float, shifts: bool) -> None:
+        self.teacher, self.temperature, self.shifts = teacher, temperature, shifts
+        self.loss = LOSSES[loss]
+        self.listening = False
+        self.kept: list[Tensor] = []
+        self.asked = False
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Forwards inside are compared (a recomputed forward in backward is not)."""
+        self.kept, self.listening, self.asked = [], True, False
+        try:
+            yield
+        finally:
+            self.listening = False
+
+    def take(self) -> Tensor:
+        """The mean over the forwards since `open`; raises QATError if there was none."""
+        self.asked = True
+        if not self.kept:
+            raise QATError("the module to distil was not called in this step; name the one that is, with module=")
+        kept, self.kept = self.kept, []
+        return torch.stack(kept).mean()
+
+    @torch.compiler.disable
+    def teach(self, args: Any, kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            return output_of(self.teacher(*args, **kwargs)).detach()
+
+    @torch.compiler.disable
+    def keep(self, student: Any, teacher: Tensor, kwargs: Mapping[str, Any]) -> None:
+        mine = output_of(student)
+        if mine.shape != teacher.shape:
+            raise QATError(f"the teacher's output is {list(teacher.shape)} and the student's {list(mine.shape)}")
+        with torch.autocast(device_type=mine.device.type, enabled=False):
+            self.kept.append(self.loss(mine, teacher, token_mask(mine.shape, kwargs, self.shifts), self.temperature))
+
+
+class _Tapped(nn.Module):
+    """First base of a swapped class."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy or a pickle is the user's plain module
+        return _revive, (type(self).__mro__[2],), {key: value for key, value in self.__dict__.items() if key != _TAP}
+
+
+def _revive(original: type[nn.Module]) -> nn.Module:
+    return original.__new__(original)
+
+
+_tapped: dict[type[nn.Module], Any] = {}
+
+
+def _tapped_class(original: type[nn.Module]) -> Any:
+    """A class with the name, attributes and signature of `original`; made once."""
+    if original not in _tapped:
+
+        @functools.wraps(original.forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            tap: Tap | None = self.__dict__.get(_TAP)
+            if tap is None or not tap.listening:
+                return original.forward(self, *args, **kwargs)
+            # the teacher goes first, so that its activations are gone before the student's are kept; containers are
+            # copied because some models write their results into the dict that they are given
+            teacher = tap.teach(*tree_map(lambda leaf: leaf, (args, kwargs)))
+            out = original.forward(self, *args, **kwargs)
+            tap.keep(out, teacher, kwargs)
+            return out
+
+        names = {"forward": forward, "__module__": original.__module__, "__qualname__": original.__qualname__}
+        _tapped[original] = type(original.__name__, (_Tapped, original), names)
+    return _tapped[original]
+
+
+def attach(module: nn.Module, teacher: nn.Module, *, loss: str = "kl", temperature: float = 1.0) -> Tap:
+    """Let `module` be compared with `teacher` while the tap is open; raises QATError for an unknown loss."""
+    if loss not in LOSSES:
+        raise QATError(f"distillation loss {loss!r} is unknown; use one of {', '.join(LOSSES)}")
+    if temperature <= 0:
+        raise QATError(f"distillation temperature {temperature} must be positive")
+    detach(module)
+    tap = Tap(teacher, loss, temperature, bool(_SHIFTS.search(type(module).__name__)))
+    module.__class__ = _tapped_class(type(module))
+    module.__dict__[_TAP] = tap
+    return tap
+
+
+def detach(module: nn.Module) -> None:
+    """Undo `attach`."""
+    module.__dict__.pop(_TAP, None)
+    # a class that sharding put on top stays; without its tap the forward is the module's own
+    if type(module) in _tapped.values():
+        module.__class__ = type(module).__mro__[2]
+
+
+def tap_of(model: nn.Module) -> Tap | None:
+    """The tap of `model` or of something below it."""
+    return next((m.__dict__[_TAP] for m in model.modules() if _TAP in m.__dict__), None)
+
+
+def distill_loss(model: nn.Module) -> Tensor:
+    """The distillation loss of the forwards so far in this training step, for manual optimization; a scalar with grad.
+
+    Raises QATError if `model` is not being distilled, or was not called in this step.
+    """
+    tap = tap_of(model)
+    if tap is None:
+        raise QATError("this model is not being distilled; add DistillationCallback to the trainer's callbacks")
+    return tap.take()
+
+
+def module_to_distil(model: nn.Module, planned: Iterable[str], name: str | None = None) -> str:
+    """Name of the module called `name`, or of the outermost child of `model` that holds every planned layer.
+
+    Raises QATError if there is no such module.
+    """
+    if name is not None:
+        if name and name in dict(model.named_modules()):
+            return name
+        raise QATError(f"module={name!r} names no module below {type(model).__name__}")
+    holders = {layer.partition(".")[0] for layer in planned}
+    if len(holders) == 1 and (only := holders.pop()):
+        inner = f"{only}._orig_mod"
+        return inner if hasattr(model.get_submodule(only), "_orig_mod") else only
+    raise QATError(
+        f"the planned layers are not below one child of {type(model).__name__} ({', '.join(sorted(holders))}); say with "
+        "module= which one to distil"
+    )

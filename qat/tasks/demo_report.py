@@ -1,0 +1,301 @@
+"""What the demo measured, as rows (results.json), as a table on the screen and as a page (report.html)."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qat.report import write_report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qat.tasks.demo import Demo, Outcome
+
+KL, PERPLEXITY, TOP1 = "kl", "perplexity", "top-1 %"
+BITS, BYTES, READ_KL, DIFFERENCE = "bits per weight", "file bytes", "kl of reading program", "largest difference"
+BETTER = {TOP1: "higher"}
+FLOAT, TRAINED_ON, RTN, QAT, Q8 = "float", "float trained on", "RTN (MSE)", "qat", "float Q8_0"
+_PACKAGES = ("lightning", "pytorch-lightning", "transformers", "compressed-tensors", "gguf", "xllamacpp")
+
+
+def rows_of(demo: Demo) -> list[dict[str, Any]]:
+    """Flat rows {suite, case, tool, metric, value, better}."""
+    rows: list[dict[str, Any]] = []
+
+    def add(case: str, tool: str, **values: float) -> None:
+        for key, value in values.items():
+            metric = _METRICS[key]
+            better = BETTER.get(metric, "lower")
+            rows.append({"suite": "demo", "case": case, "tool": tool, "metric": metric, "value": value, "better": better})
+
+    size = (demo.out / "float" / "model.safetensors").stat().st_size
+    add("32 bits", FLOAT, kl=0.0, perplexity=demo.float_scores.perplexity, top1=100.0, bits=32.0, size=size)
+    add("32 bits", TRAINED_ON, kl=demo.continued.kl, perplexity=demo.continued.perplexity, top1=demo.continued.top1)
+    for found in demo.outcomes:
+        name = found.case.name
+        add(name, RTN, kl=found.rtn.kl, perplexity=found.rtn.perplexity, top1=found.rtn.top1)
+        add(name, QAT, kl=found.qat.kl, perplexity=found.qat.perplexity, top1=found.qat.top1)
+        difference = max(row.max_abs_diff for row in found.checked)
+        add(name, QAT, bits=found.bits_per_weight, size=found.file_bytes, reader=found.engine.kl, difference=difference)
+    add("8 bits (Q8_0)", Q8, size=demo.q8_bytes, reader=demo.q8.kl)
+    return rows
+
+
+_METRICS = {"kl": KL, "perplexity": PERPLEXITY, "top1": TOP1, "bits": BITS, "size": BYTES, "reader": READ_KL}
+_METRICS["difference"] = DIFFERENCE
+
+
+def environment_of(demo: Demo) -> dict[str, Any]:
+    """Where and on what the figures were measured."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seed": demo.seed,
+        "corpus sha256": demo.corpus.sha256,
+        "held-out tokens": demo.float_scores.positions,
+        "settings": dict(vars(demo.settings)),
+        "seconds": {name: round(value, 1) for name, value in demo.seconds.items()},
+        "versions": {},
+    }
+    for package in _PACKAGES:
+        try:
+            found["versions"][package] = version(package)
+        except PackageNotFoundError:
+            found["versions"][package] = "not installed"
+    return found
+
+
+def save_results(demo: Demo) -> dict[str, Any]:
+    """Write results.json and the report below `demo.out`; returns what results.json holds."""
+    results = {"environment": environment_of(demo), "rows": rows_of(demo)}
+    (demo.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_report(report_of(demo, results), demo.out)
+    return results
+
+
+def pivot(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
+    """(case, tool) -> metric -> value, in order."""
+    table: dict[tuple[str, str], dict[str, float]] = {}
+    for row in results["rows"]:
+        table.setdefault((row["case"], row["tool"]), {})[row["metric"]] = row["value"]
+    return table
+
+
+def cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column titles and rows of text, for the screen and the page."""
+    rows = []
+    for (case, tool), values in pivot(results).items():
+        texts = [_FORMATS[metric].format(values[metric]) if metric in values else "" for metric in _SHOWN]
+        rows.append([case, {QAT: "QAT"}.get(tool, tool), *texts])
+    return ["", "weights", *_SHOWN.values()], rows
+
+
+_SHOWN = {KL: "KL", PERPLEXITY: "perplexity", TOP1: "top-1", BITS: "bits", BYTES: "bytes", READ_KL: "KL read"}
+_FORMATS = {KL: "{:.5f}", PERPLEXITY: "{:.2f}", TOP1: "{:.1f} %", BITS: "{:.2f}", BYTES: "{:,.0f}", READ_KL: "{:.1e}"}
+_LEGEND = (
+    "KL: KL(float || model) in nats per token; top-1: same most likely token as float; bits: stored bits of a quantized "
+    "weight, scales included; KL read: KL(trained model in PyTorch || exported file in the program that reads it)"
+)
+
+
+def print_table(results: dict[str, Any], console: Console) -> None:
+    """The figures on the screen."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    columns, rows = cells(results)
+    title = f"\n{results['environment']['held-out tokens']:,} held-out tokens"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row, style="bold green" if row[1] == "QAT" else None)
+    console.print(table)
+    console.print(f"[dim]{_LEGEND}[/]", highlight=False)
+
+
+def report_of(demo: Demo, results: dict[str, Any]) -> dict[str, Any]:
+    """The page, as `qat.report` takes it."""
+    columns, rows = cells(results)
+    tokens = demo.float_scores.positions
+    four, two = demo.outcomes
+    lead = [
+        f"A Llama of {_params(demo):,} parameters, trained on {demo.corpus.bytes / 1e6:.1f} MB of the Python standard "
+        f"library's source text in {demo.settings.float_steps} steps; then quantized to 4 and to 2 bits, and measured on "
+        f"{tokens:,} tokens of files that no training saw.",
+    ]
+    tiles = [
+        [f"{_share(four)} %", f"of the damage of rounding to 4 bits undone by {demo.settings.extra_steps} steps of QAT"],
+        [f"{_share(two)} %", "of the damage of rounding to 2 bits undone by as many"],
+        [f"{sum(len(o.checked) for o in demo.outcomes)} of {sum(len(o.checked) for o in demo.outcomes)}",
+         "packed tensors read back equal to the trained ones, bit for bit"],
+        [f"{_float_bytes(demo) / four.file_bytes:.1f}×", "smaller than 32-bit float as a 4-bit GGUF, tokenizer included"],
+    ]  # fmt: skip
+    strong = [index for index, row in enumerate(rows) if row[1] == "QAT"]
+    sections: list[dict[str, Any]] = [
+        {"kind": "tiles", "tiles": tiles},
+        {"kind": "table", "title": "Side by side", "columns": columns, "rows": rows, "strong": strong, "note": _table_note(demo)},
+        {"kind": "text", "title": "What it costs", "paragraphs": [_words(demo, found) for found in demo.outcomes]},
+        *_plots(demo),
+        _completions(demo),
+        *[_exact(found) for found in demo.outcomes],
+        _about(demo, results),
+    ]
+    return {"title": "Trained on the grid it is deployed on", "lead": lead, "sections": sections}
+
+
+def _params(demo: Demo) -> int:
+    return sum(p.numel() for p in demo.float_model.parameters())
+
+
+def _float_bytes(demo: Demo) -> int:
+    return (demo.out / "float" / "model.safetensors").stat().st_size
+
+
+def _share(found: Outcome) -> str:
+    """% of rounding's KL that training removed."""
+    return f"{100 * (1 - found.qat.kl / found.rtn.kl):.0f}"
+
+
+def _table_note(demo: Demo) -> str:
+    return (
+        "KL is the mean over held-out positions of KL(float ‖ model) in nats. “Float trained on” is the control: the float "
+        f"model after as many further steps ({demo.settings.extra_steps}) on the same batches in the same order. RTN rounds to the nearest "
+        "code on the same grid, with scales searched for least squared error, without training. “KL trained → read back” "
+        "compares PyTorch's fake-quantized model with the program that reads the exported file; llama.cpp computes with "
+        "8-bit activations, which the line of the float model's own Q8_0 file (PyTorch on those 8-bit weights against "
+        "llama.cpp on that file) shows by itself."
+    )
+
+
+def _words(demo: Demo, found: Outcome) -> str:
+    bits = found.case.recipe.rules["linears"].weight
+    assert bits is not None
+    base = demo.float_scores
+    others = "embeddings and head in 8 bits" if found.case.format == "gguf" else "embeddings and head left in float"
+    change = 100 * (found.qat.perplexity / base.perplexity - 1)
+    return (
+        f"{found.case.name}: the recipe {found.case.recipe.name} gives every linear layer {bits.bits} bits in groups of "
+        f"{bits.group_size}, {others}; the bits are the recipe's choice because {_why(found)}. {found.coverage:.1f} % of "
+        f"the parameters lie on the grid, at {found.bits_per_weight:.2f} stored bits each, scales included. The file has "
+        f"{found.file_bytes:,} bytes, {100 * found.file_bytes / _float_bytes(demo):.0f} % of the float file's "
+        f"{_float_bytes(demo):,}. The price: perplexity {found.qat.perplexity:.2f} instead of {base.perplexity:.2f} "
+        f"({change:+.1f} %; rounding without training: {found.rtn.perplexity:.2f}), and on {100 - found.qat.top1:.1f} % of "
+        f"the positions another most likely token (rounding: {100 - found.rtn.top1:.1f} %). KL to float {found.qat.kl:.4f}, "
+        f"rounding {found.rtn.kl:.4f}."
+    )
+
+
+def _why(found: Outcome) -> str:
+    if found.case.format == "gguf":
+        return "they are what llama.cpp's Q4_0 and Q8_0 blocks hold"
+    return "2 is the least that compressed-tensors packs without gaps and transformers reads"
+
+
+def _plots(demo: Demo) -> list[dict[str, Any]]:
+    four, two = demo.outcomes
+    layers = [name.removeprefix("model.layers.").replace("self_attn.", "").replace("mlp.", "") for name in four.errors["QAT"]]
+    sections: list[dict[str, Any]] = [
+        {
+            "kind": "lines",
+            "half": True,
+            "title": "Pretraining",
+            "x": "step",
+            "y": "cross entropy (nats)",
+            "lines": [["float", demo.float_curve.losses]],
+        },
+        {
+            "kind": "lines",
+            "half": True,
+            "log": True,
+            "title": "QAT: distillation loss",
+            "x": "step",
+            "y": "KL to float (nats)",
+            "lines": [[found.case.name, found.curve.losses] for found in demo.outcomes],
+        },
+        {
+            "kind": "lines",
+            "half": True,
+            "log": True,
+            "title": "Held-out text while training",
+            "x": "step",
+            "y": "KL to float (nats)",
+            "lines": [
+                *[[found.case.name, found.curve.measured] for found in demo.outcomes],
+                ["float trained on", [point for point in demo.continued_curve.measured if point[1] > 0]],
+            ],
+            "note": "Step 0 is rounding to nearest. The control drifts away from the float model; the quantized ones approach it.",
+        },
+        {
+            "kind": "bars",
+            "half": True,
+            "title": "Perplexity",
+            "y": "held-out perplexity",
+            "bars": [
+                ["float", demo.float_scores.perplexity, f"{demo.float_scores.perplexity:.1f}"],
+                ["float trained on", demo.continued.perplexity, f"{demo.continued.perplexity:.1f}"],
+                *[
+                    [f"{found.case.name.partition(' (')[0]}\n{tool}", scores.perplexity, f"{scores.perplexity:.1f}"]
+                    for found in demo.outcomes
+                    for tool, scores in (("RTN", found.rtn), ("QAT", found.qat))
+                ],
+            ],
+        },
+    ]
+    sizes = [["float\n32 bits", _float_bytes(demo)], ["float\n16 bits", _float_bytes(demo) // 2]]
+    sizes += [[f"{found.case.name.partition(' (')[0]}\nQAT", found.file_bytes] for found in demo.outcomes]
+    bars = [[name, size / 1e6, f"{size / 1e6:.2f} MB"] for name, size in sizes]
+    sections.append({"kind": "bars", "half": True, "title": "Size of the weights' file", "y": "megabytes", "bars": bars})
+    kl = [
+        [f"{found.case.name.partition(' (')[0]}\n{tool}", scores.kl, f"{scores.kl:.3g}"]
+        for found in demo.outcomes
+        for tool, scores in (("RTN", found.rtn), ("QAT", found.qat))
+    ]
+    sections.append({"kind": "bars", "half": True, "log": True, "title": "Distance from float", "y": "KL (nats)", "bars": kl})
+    for found in demo.outcomes:
+        series = [[tool, list(errors.values())] for tool, errors in found.errors.items()]
+        title = f"Error at the output of each layer, {found.case.name}"
+        note = "‖y − y_float‖ / ‖y_float‖ with everything before the layer quantized too."
+        sections.append({"kind": "layers", "title": title, "y": "relative error", "names": layers, "series": series, "note": note})
+    return sections
+
+
+def _completions(demo: Demo) -> dict[str, Any]:
+    from qat.tasks.demo import PROMPTS
+
+    models = ["float, PyTorch", *[f"{found.case.name}, {found.case.reader} on the exported file" for found in demo.outcomes]]
+    answers = zip(demo.float_texts, *[found.completions for found in demo.outcomes], strict=True)
+    rows = [[prompt, list(texts)] for prompt, texts in zip(PROMPTS, answers, strict=True)]
+    note = "Greedy. A model this small, trained for a minute, writes code-shaped text; what matters is how alike the columns are."
+    return {"kind": "completions", "title": "The same beginnings, continued", "models": models, "rows": rows, "note": note}
+
+
+def _exact(found: Outcome) -> dict[str, Any]:
+    rows = [[r.name, r.spec, "×".join(map(str, r.shape)), r.sha256[:12], f"{r.max_abs_diff:g}"] for r in found.checked]
+    return {
+        "kind": "table",
+        "title": f"Packed tensors, {found.case.name}",
+        "fold": f"{len(rows)} packed tensors, decoded by {found.checked[0].reader}: largest difference to the trained weight 0",
+        "columns": ["tensor", "grid", "shape", "sha256 of the weight", "largest difference"],
+        "rows": rows,
+    }
+
+
+def _about(demo: Demo, results: dict[str, Any]) -> dict[str, Any]:
+    environment = results["environment"]
+    rows = [[name, str(value)] for name, value in environment.items() if not isinstance(value, dict)]
+    rows += [[name, str(value)] for name, value in environment["versions"].items()]
+    rows += [[f"seconds: {name}", str(value)] for name, value in environment["seconds"].items()]
+    rows += [[f"setting: {name}", str(value)] for name, value in environment["settings"].items()]
+    return {"kind": "table", "title": "Measured with", "fold": "environment, settings, times", "columns": ["", ""], "rows": rows}

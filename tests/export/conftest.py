@@ -1,0 +1,90 @@
+"""Small prepared Llama models and byte-level BPE tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import qat
+from qat.recipes import from_dict
+
+GROUPS_OF_32 = {"granularity": "group", "group_size": 32, "quantizer": "absmax"}
+CORPUS = ["def f(x, y):\n    return x + y  # it's the sum\n\n" * 4, "for i in range(10):\n\tprint(i, 'and', 1234)\n" * 4]
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., Any]:
+    """A trained byte-level BPE tokenizer of 300 tokens; `splitting` replaces its pre-tokenizer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+
+    def make(splitting: Any = None, post: Any = None, size: int = 300) -> Any:
+        level = tokenizers.pre_tokenizers.ByteLevel
+        raw = tokenizers.Tokenizer(tokenizers.models.BPE())
+        raw.pre_tokenizer = splitting or level(add_prefix_space=False)
+        raw.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=size, special_tokens=["<s>", "</s>"], initial_alphabet=level.alphabet(), show_progress=False
+        )
+        raw.train_from_iterator(CORPUS, trainer)
+        if post is not None:
+            raw.post_processor = post
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(make_tokenizer: Callable[..., Any]) -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Any]:
+    """A two-layer model of random weights large enough that its logits are far from uniform."""
+    transformers = pytest.importorskip("transformers")
+
+    def make(kind: str = "Llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 320}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+        config = getattr(transformers, f"{kind}Config")(**{**sizes, **heads, "initializer_range": 0.15, **changes})
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:  # norms and biases start as ones and zeros, which would hide a mix-up
+                    parameter.add_(torch.rand_like(parameter) * 0.2)
+        return model.to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def quantize() -> Callable[..., qat.Bundle]:
+    """Prepare a model in place: `weight` for the layers of `types`, more rules by name."""
+
+    def make(
+        model: torch.nn.Module,
+        weight: dict[str, Any],
+        types: tuple[str, ...] = ("Linear",),
+        input: dict[str, Any] | None = None,
+        **rules: Any,
+    ) -> qat.Bundle:
+        first = {"match": ["*"], "types": list(types), "weight": {**GROUPS_OF_32, **weight}, "input": input}
+        recipe = from_dict({"name": "small", "rules": {"layers": first, **rules}, "phases": {"qat": {"steps": -1}}})
+        qat.prepare(model, recipe)
+        return qat.convert(model)
+
+    return make
+
+
+KEEP_HEAD = {"match": ["lm_head"], "keep_float": True}
+
+
+@pytest.fixture
+def bundle(make_model: Callable[..., Any], quantize: Callable[..., qat.Bundle]) -> qat.Bundle:
+    """Every Linear and the embedding on the Q4_0 grid."""
+    return quantize(make_model(tie_word_embeddings=True), {"bits": 4}, ("Linear", "Embedding"))
