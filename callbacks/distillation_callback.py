@@ -34,8 +34,8 @@ class DistillationCallback(AnyCallback):
 
     loss         kl (logits) | mse | cosine (embeddings); see `qat.distill`
     temperature  of both softmaxes, kl only
-    teacher      None: the float module itself, as it is when fit begins. A module, or a folder from which the class of the
-                 module to distil loads itself (`from_pretrained`)
+    teacher      None: the float module itself, as it is when fit begins. A module, or a folder from which the class
+                 of the module to distil loads itself (`from_pretrained`)
     module       name of the module to distil; None: the outermost child that holds all planned layers
     validate     log `val_distill_loss` over the validation batches
 
@@ -109,8 +109,8 @@ class DistillationCallback(AnyCallback):
             load = getattr(type(student), "from_pretrained", None)
             if load is None:
                 raise QATError(
-                    f"teacher={self.teacher!r}: {type(student).__name__} has no from_pretrained; load the teacher and give "
-                    "the module"
+                    f"teacher={self.teacher!r}: {type(student).__name__} has no from_pretrained; load the teacher and "
+                    "give the module"
                 )
             self._frozen = freeze(load(self.teacher))
         self._fingerprint = fingerprint(self._frozen)
@@ -138,8 +138,9 @@ class DistillationCallback(AnyCallback):
         record = require_state(pl_module).record
         if record.teacher and record.teacher != self._fingerprint:
             raise QATError(
-                f"the teacher is not the one that this run began with (fingerprint {self._fingerprint[:12]}, the checkpoint "
-                f"has {record.teacher[:12]}); construct the module with the same float weights, or give teacher="
+                f"the teacher is not the one this run began with (fingerprint {self._fingerprint[:12]}, "
+                f"the checkpoint has {record.teacher[:12]}); construct the module with the same float "
+                "weights, or give teacher="
             )
         record.teacher = self._fingerprint
 

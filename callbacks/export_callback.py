@@ -138,7 +138,7 @@ class ExportCallback(AnyCallback):
 
 
 def _monitored(trainer: Trainer) -> Any:
-    found: list[Any] = trainer.checkpoint_callbacks  # type: ignore[assignment]
+    found: list[Any] = trainer.checkpoint_callbacks
     return next((c for c in found if is_a(c, "ModelCheckpoint") and getattr(c, "monitor", None) is not None), None)
 
 
@@ -150,6 +150,6 @@ def _refuse_best(trainer: Trainer) -> None:
     for name in _SHARDING:
         if is_a(trainer.strategy, name):
             raise QATError(
-                f"weights='best' does not work under {name}, whose checkpoints are sharded; export the last weights, or the "
-                "best checkpoint later with qat.load_from_checkpoint"
+                f"weights='best' does not work under {name}, whose checkpoints are sharded; export the last weights, "
+                "or the best checkpoint later with qat.load_from_checkpoint"
             )

@@ -1,4 +1,4 @@
-"""`QuantizationMonitor`: per-layer error, clipping, changed codes and scale drift, to whatever logger the trainer has."""
+"""`QuantizationMonitor`: error, clipping, changed codes and scale drift per layer, to the trainer's loggers."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ from typing import Any
 class Patch:
     """`owner.<name>` is `around(original, *args, **kwargs)` until `undo`.
 
-    The replacement is a plain function in the instance's `__dict__` (Lightning compares code objects to find out whether a
-    hook is overridden, and a hook-wiping strategy cannot remove it). `transparent` lets Lightning see the signature of the
-    original, which decides what arguments a step gets; it must be off for a hook that the class itself does not override.
+    The replacement is a plain function in the instance's `__dict__`: Lightning compares code objects to find out if a
+    hook is overridden, and no strategy wipes it. `transparent` lets Lightning see the signature of the original, which
+    decides what arguments a step gets; it must be off for a hook that the class itself does not override.
     """
 
     def __init__(self, owner: Any, name: str, around: Callable[..., Any], *, transparent: bool = True) -> None:

@@ -33,7 +33,7 @@ from qat.plan import Plan
 from qat.prepare import forget_observed, qat_layers
 from qat.recipes import load_recipe
 from qat.recipes.schema import Recipe
-from qat.state import require_state, state_of
+from qat.state import CHILD, require_state, state_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -118,6 +118,16 @@ class QATCallback(AnyCallback):
         with watched(pl_module):
             return original(*args, **kwargs)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        weights = checkpoint.get("state_dict")
+        if trainer.state.fn != "fit" or not weights or not checkpoint.get("optimizer_states"):
+            return
+        if _learned(pl_module) and not any(key.endswith(f"{CHILD}._extra_state") for key in weights):
+            raise QATError(
+                "this is the checkpoint of a float run, whose optimizer knows no scales; load its weights before fit "
+                "(module.load_state_dict(torch.load(path)['state_dict'])) instead of giving ckpt_path"
+            )
+
     # ---- start -----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -194,8 +204,8 @@ def _refuse_callbacks(trainer: Trainer, own: QATCallback) -> None:
     for callback in callbacks[: callbacks.index(own)]:
         if any(is_a(callback, name) for name in AVERAGING):
             raise QATError(
-                f"{type(callback).__name__} is listed before QATCallback and would average the module without its scales; "
-                f"list QATCallback first: callbacks=[QATCallback(...), {type(callback).__name__}(...)]"
+                f"{type(callback).__name__} is listed before QATCallback and would average the module without its "
+                f"scales; list QATCallback first: callbacks=[QATCallback(...), {type(callback).__name__}(...)]"
             )
 
 
@@ -223,6 +233,12 @@ def _owned(optimizer: Any) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
+def _learned(pl_module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameter name -> learned scale."""
+    learned = {id(p) for layer in qat_layers(pl_module).values() for q in layer_quantizers(layer) for p in q.learned()}
+    return {name: parameter for name, parameter in pl_module.named_parameters() if id(parameter) in learned}
+
+
 def _refuse_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
     """Every scale that is to be learned has to be in some optimizer."""
     optimizers = _optimizers(trainer)
@@ -231,14 +247,7 @@ def _refuse_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
             f"{type(pl_module).__name__}.configure_optimizers gives no optimizer; quantization-aware training needs one"
         )
     owned = set().union(*(_owned(optimizer) for optimizer in optimizers))
-    missing = [
-        f"{name}.{key}" if name else key
-        for name, layer in qat_layers(pl_module).items()
-        for quantizer in layer_quantizers(layer)
-        for key, parameter in layer.named_parameters()
-        if any(parameter is learned for learned in quantizer.learned())
-        if parameter.requires_grad and id(parameter) not in owned
-    ]
+    missing = [name for name, p in _learned(pl_module).items() if p.requires_grad and id(p) not in owned]
     if missing:
         raise QATError(
             f"{len(missing)} learned scales are in no optimizer, {missing[0]} for one; give configure_optimizers "
@@ -249,7 +258,7 @@ def _refuse_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
 def owner_of_planned(trainer: Trainer, pl_module: LightningModule) -> torch.optim.Optimizer:
     """The optimizer whose steps the schedule counts: the one with the most planned weights, or learned scales."""
     weights = {id(weight) for weight in planned_weights(pl_module).values()}
-    scales = {id(p) for layer in qat_layers(pl_module).values() for q in layer_quantizers(layer) for p in q.learned()}
+    scales = set(map(id, _learned(pl_module).values()))
     optimizers = _optimizers(trainer)
     for wanted in (weights, scales):
         counts = [len(_owned(optimizer) & wanted) for optimizer in optimizers]
@@ -263,8 +272,8 @@ def owner_of_planned(trainer: Trainer, pl_module: LightningModule) -> torch.opti
         )
     if not hasattr(owner, "register_step_post_hook"):
         raise QATError(
-            f"{type(owner).__name__} cannot be watched for its steps (it has no register_step_post_hook); use an optimizer "
-            "that derives from torch.optim.Optimizer"
+            f"{type(owner).__name__} cannot be watched for its steps (it has no register_step_post_hook); use an "
+            "optimizer that derives from torch.optim.Optimizer"
         )
     return owner  # type: ignore[no-any-return]
 

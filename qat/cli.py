@@ -201,10 +201,10 @@ def _bits(recipe: Recipe) -> str:
 
 def _targets(found: Plan, recipe: Recipe) -> None:
     """Say for every format whether it holds the plan; raises ExportError if one of the recipe's own does not."""
-    from qat.export import formats, get_format
+    from qat.export import all_formats, get_format
 
     refused = []
-    for name in sorted({*formats(), *recipe.export.targets}):
+    for name in sorted({*all_formats(), *recipe.export.targets}):
         reasons = get_format(name).check(found)
         wanted = name in recipe.export.targets
         print(f"{name}{' (target)' if wanted else ''}: {'; '.join(reasons) if reasons else 'holds every grid exactly'}")

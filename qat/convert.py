@@ -163,6 +163,11 @@ def convert(model: nn.Module, *, weights: str = "last", require_final: bool = Tr
         first = schedule_of(model).first_final_step()
         when = f"it is from step {first} on" if first is not None else "no phase of the recipe brings it fully on"
         raise ExportError(f"at step {state.record.step} the quantization is not fully on ({when}); train on first")
+    for name, layer in qat_layers(model).items() if require_final else ():
+        quantizer = input_quantizer(layer)
+        seen = getattr(quantizer, "seen", None)
+        if isinstance(seen, Tensor) and not bool(seen):
+            raise ExportError(f"{name}: the range of its input was never seen; train at least one step, then export")
     return Bundle(model, weights)
 
 
@@ -206,8 +211,10 @@ def load_from_checkpoint(path: str | PathLike[str], model: nn.Module) -> nn.Modu
 
 def _holder(model: nn.Module, entries: dict[str, Any], path: str | PathLike[str]) -> nn.Module:
     """`model` itself, or a plain module that holds it where the checkpoint does."""
-    sample = next((key for key, value in model.state_dict().items() if isinstance(value, Tensor)), "")
-    found = sorted({key[: -len(sample)] for key in entries if key.endswith(sample)}, key=len)
+    keys = [key for key, value in model.state_dict().items() if isinstance(value, Tensor)]
+    sample = keys[0] if keys else ""
+    found = sorted({key[: -len(sample)] for key in entries if sample and key.endswith(sample)}, key=len)
+    found.sort(key=lambda prefix: sum(prefix + key not in entries for key in keys))
     if not found:
         raise QATError(f"{path} has no entry {sample!r}; is this the model that was trained?")
     if found[0] == "":

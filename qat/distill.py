@@ -112,7 +112,7 @@ def output_of(found: Any) -> Tensor:
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A float copy of a module, prepared or not: eval mode, no gradients. Raises QATError for weights that are not here."""
+    """A float copy of a module, prepared or not: eval mode, no gradients. Raises QATError for sharded weights."""
     for name, parameter in module.named_parameters():
         if parameter.device.type == "meta" or hasattr(parameter, "placements"):
             state = "on the meta device" if parameter.device.type == "meta" else "sharded"
@@ -170,12 +170,12 @@ class Tap:
         kept, self.kept = self.kept, []
         return torch.stack(kept).mean()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def teach(self, args: Any, kwargs: Any) -> Tensor:
         with torch.no_grad():
             return output_of(self.teacher(*args, **kwargs)).detach()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def keep(self, student: Any, teacher: Tensor, kwargs: Mapping[str, Any]) -> None:
         mine = output_of(student)
         if mine.shape != teacher.shape:
@@ -271,6 +271,6 @@ def module_to_distil(model: nn.Module, planned: Iterable[str], name: str | None 
         inner = f"{only}._orig_mod"
         return inner if hasattr(model.get_submodule(only), "_orig_mod") else only
     raise QATError(
-        f"the planned layers are not below one child of {type(model).__name__} ({', '.join(sorted(holders))}); say with "
-        "module= which one to distil"
+        f"the planned layers are not below one child of {type(model).__name__} ({', '.join(sorted(holders))}); say "
+        "with module= which one to distil"
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from qat.errors import QATError
 from qat.layers import TYPES, layer_type, listed_name, original_class
@@ -20,6 +21,7 @@ from qat.specs import QuantSpec
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
 _LISTED_REASONS = 4
+_NOT_PLAIN = "its weight is no plain parameter (parametrized, weight-normed or lazy)"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     used: Counter[str] = Counter()
     for name, rule in recipe.rules.items():
         for asked in rule.types:
-            if asked not in TYPES:
+            if asked not in TYPES and not rule.keep_float:
                 problems.append(f"rules.{name}.types: {asked!r} {_no_type(asked)}")
     for name, module in model.named_modules():
         row = _resolve(name, module, recipe, used)
@@ -130,7 +132,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     for name, rule in recipe.rules.items():
         if not used[name] and not rule.optional:
             problems.append(_unmatched(name, rule, rows))
-    problems += _tied_reasons(model, rows)
+    problems += _tied_reasons(model, rows, recipe)
     quantized = [row for row in rows if row.quantized]
     left = [row for row in rows if not row.quantized]
     if recipe.strict:
@@ -151,9 +153,10 @@ def _resolve(name: str, module: nn.Module, recipe: Recipe, used: Counter[str]) -
     """The row of one module, or None if it is not a layer that rules speak of."""
     entry = layer_type(module)
     near = listed_name(module)
-    if entry is None and near is None:
+    if entry is None and near is None and not _has_matrix(module):
         return None
     kind = entry[0] if entry else (near or "")
+    why = "its forward is its own" if near else "no layer that can be quantized"
     row = PlanRow(name, original_class(module).__name__, None, None, None, 0, listed=False)
     for rule_name, rule in recipe.rules.items():
         if not matches(rule, name, (kind, original_class(module).__name__)):
@@ -162,26 +165,52 @@ def _resolve(name: str, module: nn.Module, recipe: Recipe, used: Counter[str]) -
         if rule.keep_float:
             row = replace(row, rule=rule_name, weight=None, weight_rule=None, input=None, listed=True)
         elif entry is None:
-            row = replace(row, note="its forward is its own", rule=rule_name)
+            row = replace(row, rule=rule_name)
         else:
             if rule.weight is not None:
                 row = replace(row, weight=spec_of(rule.weight), weight_rule=rule_name)
             x = spec_of(rule.input) if rule.input is not None and kind != "Embedding" else row.input
             row = replace(row, rule=rule_name, input=x, listed=False)
     if entry is None:
-        params = sum(p.numel() for p in module._parameters.values() if p is not None)
-        return replace(row, params=params, note=row.note or "its forward is its own")
+        return replace(row, params=_numbers(module), note=why)
     kinds = entry[1].kinds(module)
-    weights = {key: module._parameters[key] for key in kinds}
-    params = sum(p.numel() for p in weights.values() if p is not None)
-    columns = min(Layout(tuple(p.shape), kinds[key]).rows_shape[1] for key, p in weights.items() if p is not None)
-    return replace(row, params=params, kinds=kinds, columns=columns)
+    if not all(_is_plain(module._parameters.get(key)) for key in kinds):
+        return replace(row, params=_numbers(module), note=_NOT_PLAIN)
+    shapes = {key: module._parameters[key].shape for key in kinds}  # type: ignore[union-attr]
+    columns = min(Layout(tuple(shape), kinds[key]).rows_shape[1] for key, shape in shapes.items())
+    return replace(row, params=sum(shape.numel() for shape in shapes.values()), kinds=kinds, columns=columns)
+
+
+def _is_plain(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and not isinstance(parameter, UninitializedParameter)
+
+
+def _numbers(module: nn.Module) -> int:
+    """How many numbers its own parameters and their parametrizations hold."""
+    inner = module._modules.get("parametrizations")
+    own = [*module._parameters.values(), *(inner.parameters() if inner is not None else ())]
+    return sum(p.numel() for p in own if p is not None and _is_plain(p))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether a module of another class keeps weights of its own (LSTM, MultiheadAttention, bare parameters)."""
+    return not isinstance(module, Quantizer) and any(
+        _is_plain(p) and p.dim() > 1  # type: ignore[union-attr]
+        for p in module._parameters.values()
+    )
 
 
 def _row_reasons(row: PlanRow, module: nn.Module, parents: dict[int, nn.Module]) -> list[str]:
     found: list[str] = []
     entry = layer_type(module)
     assert entry is not None
+    if not row.kinds:
+        return [f"{_NOT_PLAIN}; make it one, or keep this layer with keep_float: true"]
+    if "forward" in module.__dict__:
+        found.append(
+            "its forward was replaced on the instance (module.forward = ...), which would hide the quantized one; "
+            "remove that, or keep this layer with keep_float: true"
+        )
     if row.weight is not None:
         found += quantizer_class(row.weight.quantizer).reasons(row.weight)
         for key, kind in row.kinds.items():
@@ -199,8 +228,6 @@ def _row_reasons(row: PlanRow, module: nn.Module, parents: dict[int, nn.Module])
             "torch.nn.MultiheadAttention reads this weight itself and would bypass the quantizer; "
             f"keep it with a rule {{match: ['{row.name}'], keep_float: true}}"
         )
-    if "weight" in row.kinds and hasattr(module, "parametrizations"):
-        found.append("its weight is parametrized (torch.nn.utils.parametrize); remove the parametrization first")
     return found
 
 
@@ -224,19 +251,20 @@ def _unmatched(name: str, rule: Rule, rows: list[PlanRow]) -> str:
     return f"rules.{name} matches no layer ({wanted}); nearest layer names: {hint}; correct it or set optional: true"
 
 
-def _tied_reasons(model: nn.Module, rows: list[PlanRow]) -> list[str]:
-    """Modules that share a parameter must agree on its grid."""
+def _tied_reasons(model: nn.Module, rows: list[PlanRow], recipe: Recipe) -> list[str]:
+    """Modules that share a parameter must agree on its grid, in every phase."""
     owners: dict[int, list[PlanRow]] = {}
     by_name = {row.name: row for row in rows}
     for name, module in model.named_modules():
-        row = by_name.get(name)
-        for key in row.kinds if row is not None else ():
-            parameter = module._parameters[key]
-            if parameter is not None and row is not None:
-                owners.setdefault(id(parameter), []).append(row)
+        row = by_name.get(name) or PlanRow(name, type(module).__name__, None, None, None, 0)
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                # a parameter that is none of the layer's weights is read in float
+                owners.setdefault(id(parameter), []).append(row if key in row.kinds else replace(row, weight=None))
     found = []
     for tied in owners.values():
-        if len({row.weight for row in tied}) > 1:
+        bits = {tuple(phase.bits.get(row.weight_rule or "") for phase in recipe.phases.values()) for row in tied}
+        if len({row.weight for row in tied}) > 1 or (len(bits) > 1 and tied[0].weight is not None):
             said = ", ".join(f"{row.name}: {row.weight or 'float'}" for row in tied)
             found.append(f"these layers share one weight but not one grid ({said}); give them the same rule")
     return found

@@ -22,13 +22,13 @@ from qat.qtensor import Fields
 from qat.registry import discover, lookup
 from qat.specs import QuantSpec
 
-__all__ = ["Format", "Receipt", "Row", "export", "formats", "get_format", "rehearse_export"]
+__all__ = ["Format", "Receipt", "Row", "all_formats", "export", "get_format", "rehearse_export"]
 
 log = logging.getLogger(__name__)
 _WEIGHTS = ("last", "best", "ema")
 
 
-def formats() -> dict[str, type[Format]]:
+def all_formats() -> dict[str, type[Format]]:
     """Name -> class, of every format in `qat/export/formats/` and of every `qat.formats` entry point."""
     return dict(discover("qat.export.formats", Format, "qat.formats"))
 

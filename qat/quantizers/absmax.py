@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qat.qtensor import Fields
 from qat.quantizers.base import Quantizer, absmax_scale
+from qat.specs import QuantSpec
 
 
 class Absmax(Quantizer):

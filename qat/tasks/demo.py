@@ -58,8 +58,8 @@ class Settings:
     float_steps: int = 650
     float_lr: float = 4e-3
     extra_steps: int = 200
-    lr_4bit: float = 5e-4
-    lr_2bit: float = 2e-3
+    lr_4bit: float = 3e-4
+    lr_2bit: float = 1e-3
     held_out_blocks: int = 256
     watched_blocks: int = 16
     corpus_limit: int | None = None

@@ -101,10 +101,10 @@ def cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["", "weights", *_SHOWN.values()], rows
 
 
-_SHOWN = {KL: "KL", PERPLEXITY: "perplexity", TOP1: "top-1", BITS: "bits", BYTES: "bytes", READ_KL: "KL read"}
+_SHOWN = {KL: "KL", PERPLEXITY: "ppl", TOP1: "top-1", BITS: "bits", BYTES: "bytes", READ_KL: "KL read"}
 _FORMATS = {KL: "{:.5f}", PERPLEXITY: "{:.2f}", TOP1: "{:.1f} %", BITS: "{:.2f}", BYTES: "{:,.0f}", READ_KL: "{:.1e}"}
 _LEGEND = (
-    "KL: KL(float || model) in nats per token; top-1: same most likely token as float; bits: stored bits of a quantized "
+    "KL: KL(float || model) in nats per token; ppl: perplexity; top-1: same most likely token as float; bits: stored bits of a quantized "
     "weight, scales included; KL read: KL(trained model in PyTorch || exported file in the program that reads it)"
 )
 
@@ -115,12 +115,14 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     from rich.table import Table
 
     columns, rows = cells(results)
+    # On the screen case and weights share a column: eighty characters are enough.
+    lines = [[f"{row[0].partition(' (')[0]}  {row[1]}", *row[2:]] for row in rows]
     title = f"\n{results['environment']['held-out tokens']:,} held-out tokens"
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row, style="bold green" if row[1] == "QAT" else None)
+    for column in ["", *columns[2:]]:
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*line, style="bold green" if line[0].endswith("QAT") else None)
     console.print(table)
     console.print(f"[dim]{_LEGEND}[/]", highlight=False)
 

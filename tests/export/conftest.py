@@ -64,18 +64,23 @@ def make_model() -> Callable[..., Any]:
 
 @pytest.fixture
 def quantize() -> Callable[..., qat.Bundle]:
-    """Prepare a model in place: `weight` for the layers of `types`, more rules by name."""
+    """Prepare a model in place: `weight` for the layers of `types`, more rules by name; `seen`: one training forward."""
 
     def make(
         model: torch.nn.Module,
         weight: dict[str, Any],
         types: tuple[str, ...] = ("Linear",),
         input: dict[str, Any] | None = None,
+        seen: torch.Tensor | None = None,
         **rules: Any,
     ) -> qat.Bundle:
         first = {"match": ["*"], "types": list(types), "weight": {**GROUPS_OF_32, **weight}, "input": input}
         recipe = from_dict({"name": "small", "rules": {"layers": first, **rules}, "phases": {"qat": {"steps": -1}}})
         qat.prepare(model, recipe)
+        if seen is not None:
+            model.train()(seen)
+            qat.after_optimizer_step(model)
+            model.eval()
         return qat.convert(model)
 
     return make

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qat.errors import ExportError, QATError
-from qat.export import formats, get_format
+from qat.export import all_formats, get_format
 from qat.layout import Layout
 from qat.plan import Plan, PlanRow
 from qat.quantizers import make_quantizer
@@ -44,7 +44,7 @@ def row(spec: QuantSpec) -> PlanRow:
 
 # The law, last step. Turned red by: the offset of signed codes left out of pack or unpack, the zero points packed along
 # the rows, `repeat_interleave` -> `repeat` for scales.
-@pytest.mark.parametrize("name", sorted(formats()))
+@pytest.mark.parametrize("name", sorted(all_formats()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_unpack_inverts_pack(name: str, dtype: torch.dtype) -> None:
     fmt = get_format(name)
@@ -63,7 +63,7 @@ def test_unpack_inverts_pack(name: str, dtype: torch.dtype) -> None:
 
 
 # Turned red by dropping either check of the stored scale.
-@pytest.mark.parametrize("name", sorted(formats()))
+@pytest.mark.parametrize("name", sorted(all_formats()))
 def test_a_scale_that_would_be_rounded_is_refused(name: str) -> None:
     spec = QuantSpec(bits=4, granularity="group", group_size=32, scale="fp32")
     trained = make_quantizer(spec, Layout((4, 64))).integers(torch.randn(4, 64), torch.bfloat16)
@@ -71,8 +71,8 @@ def test_a_scale_that_would_be_rounded_is_refused(name: str) -> None:
         get_format(name).pack("layer.weight", trained)
 
 
-def test_known_formats_are_found() -> None:
-    assert {"gguf", "compressed-tensors"} <= set(formats())
+def test_all_formats_are_found() -> None:
+    assert {"gguf", "compressed-tensors"} <= set(all_formats())
 
 
 def test_an_unknown_format_lists_the_known() -> None:

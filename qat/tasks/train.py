@@ -1,0 +1,184 @@
+"""`run(recipe)`: what `qat train` does. Model and data by `train.task`, callbacks by the recipe, one Lightning fit."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import qat
+from qat.callbacks import DistillationCallback, ExportCallback, QATCallback, QuantizationMonitor
+from qat.errors import QATError
+from qat.export import get_format
+from qat.recipes.schema import Recipe, Train
+from qat.report import write_report
+from qat.tasks import TASKS, causal_lm, image_classification, sentence_embedding
+from qat.tasks.flavour import lightning
+from qat.tasks.progress import Curve
+
+log = logging.getLogger(__name__)
+
+
+def build(recipe: Recipe) -> tuple[Any, Any, Any]:
+    """(LightningModule, data, tokenizer or None) of the recipe's task; raises QATError for an unknown one."""
+    task, train = recipe.train.task, recipe.train
+    if task == "causal_lm":
+        return causal_lm.build(train)
+    if task == "image_classification":
+        return image_classification.build(train)
+    if task == "sentence_embedding":
+        return sentence_embedding.build(train, recipe.distill.teacher)
+    raise QATError(f"train.task={task!r} is unknown; use one of {', '.join(TASKS)}")
+
+
+def run(recipe: Recipe, *, dry_run: bool = False) -> dict[str, Any]:
+    """Train, export to the recipe's targets and write results.json and report.html into `train.out`.
+
+    dry_run plans and rehearses every export on the untrained model and writes nothing. Returns {"plan", "metrics",
+    "exports": {format: folder}, "out"}. Raises QATError before the first step for what cannot be used.
+    """
+    module, data, tokenizer = build(recipe)
+    if dry_run:
+        return rehearsal(recipe, module, tokenizer)
+    out = Path(recipe.train.out or f"runs/{recipe.name}")
+    lightning().seed_everything(recipe.train.seed, workers=True, verbose=False)
+    curve = Curve()
+    watch = QATCallback(recipe)
+    callbacks: list[Any] = [watch]
+    if recipe.distill.enabled and recipe.train.task != "sentence_embedding":
+        wanted = recipe.distill
+        callbacks.append(DistillationCallback(wanted.loss, wanted.weight, wanted.temperature, wanted.teacher))
+    if recipe.train.logger != "none":
+        callbacks.append(QuantizationMonitor())
+    callbacks.append(curve)
+    exporter = None
+    if recipe.export.targets:
+        exporter = ExportCallback(out / "export", recipe.export.targets, tokenizer=tokenizer, overwrite=True)
+        callbacks.append(exporter)
+    trainer = make_trainer(recipe.train, out, callbacks)
+    trainer.fit(module, datamodule=data, ckpt_path=recipe.train.resume)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    results: dict[str, Any] = {
+        "plan": watch.plan.render() if watch.plan is not None else "",
+        "metrics": metrics,
+        "exports": folders(out / "export", exporter),
+        "out": str(out),
+    }
+    if trainer.is_global_zero:
+        save(recipe, results, curve, exporter, watch, out)
+    return results
+
+
+def rehearsal(recipe: Recipe, module: Any, tokenizer: Any) -> dict[str, Any]:
+    """Plan, and export into a temporary folder, of the model as it is."""
+    plan = qat.prepare(module, recipe)
+    bundle = qat.convert(module)
+    for target in recipe.export.targets:
+        qat.rehearse_export(bundle, target, tokenizer)
+    return {"plan": plan.render(), "metrics": {}, "exports": {}, "out": ""}
+
+
+def make_trainer(train: Train, out: Path, callbacks: list[Any]) -> Any:
+    """The Trainer of a recipe's `train`, with a progress bar and the last checkpoint in `out/checkpoints`."""
+    L = lightning()
+    if train.resume and not Path(train.resume).is_file():
+        raise QATError(f"train.resume: there is no checkpoint {train.resume}")
+    bars = import_from(L, "callbacks")
+    checkpoint = bars.ModelCheckpoint(out / "checkpoints", filename="{step}", save_last=True)
+    devices: Any = train.devices
+    if devices.lstrip("-").isdigit():
+        devices = int(devices)
+    elif "," in devices:
+        devices = [int(part) for part in devices.split(",")]
+    try:
+        return L.Trainer(
+            accelerator=train.accelerator,
+            devices=devices,
+            strategy=train.strategy,
+            num_nodes=train.num_nodes,
+            precision=train.precision,
+            max_steps=train.max_steps,
+            accumulate_grad_batches=train.accumulate,
+            gradient_clip_val=train.gradient_clip or None,
+            val_check_interval=train.val_every * train.accumulate,
+            check_val_every_n_epoch=None,
+            logger=make_logger(train, out),
+            callbacks=[*callbacks, checkpoint, bars.RichProgressBar()],
+            default_root_dir=out,
+            log_every_n_steps=min(10, train.max_steps),
+            enable_model_summary=False,
+        )
+    except (ValueError, TypeError, RuntimeError, ImportError) as problem:
+        # Lightning's own words about accelerators, devices and strategies that are not there.
+        name = type(problem).__name__
+        raise QATError(f"train: the trainer cannot be made with these settings ({name}: {problem})") from None
+
+
+def import_from(package: Any, name: str) -> Any:
+    """A sub-module of the copy of Lightning that is in use."""
+    from importlib import import_module
+
+    return import_module(f"{package.__name__}.{name}")
+
+
+def make_logger(train: Train, out: Path) -> Any:
+    """The logger of `train.logger`; raises QATError for an unknown one or one that is not installed."""
+    loggers = import_from(lightning(), "loggers")
+    if train.logger == "none":
+        return False
+    if train.logger == "csv":
+        return loggers.CSVLogger(out, name="log")
+    if train.logger == "wandb":
+        try:
+            return loggers.WandbLogger(save_dir=str(out), name=out.name)
+        except ImportError:
+            raise QATError('train.logger=wandb needs wandb; pip install "lightning-qat[wandb]"') from None
+    raise QATError(f"train.logger={train.logger!r} is unknown; use none, csv or wandb")
+
+
+def folders(base: Path, exporter: Any) -> dict[str, str]:
+    """Format -> the folder that was written."""
+    if exporter is None:
+        return {}
+    names = list(exporter.receipts)
+    return {name: str(base if len(names) == 1 else base / name) for name in names}
+
+
+def save(recipe: Recipe, results: dict[str, Any], curve: Curve, exporter: Any, watch: Any, out: Path) -> None:
+    """results.json and the report."""
+    rows = [
+        {"suite": "train", "case": recipe.name, "tool": "qat", "metric": name, "value": value, "better": "lower"}
+        for name, value in results["metrics"].items()
+    ]
+    receipts = {} if exporter is None else exporter.receipts
+    for name, receipt in receipts.items():
+        row = {"suite": "train", "case": recipe.name, "tool": name, "metric": "bytes", "value": receipt.bytes}
+        rows.append({**row, "better": "lower"})
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps({"environment": {}, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    sections: list[dict[str, Any]] = [
+        {"kind": "lines", "title": "Training loss", "x": "step", "y": "loss", "lines": [["QAT", curve.losses]]},
+        {
+            "kind": "table",
+            "title": "Figures at the end",
+            "columns": ["", "value"],
+            "rows": [[name, f"{value:.5g}"] for name, value in results["metrics"].items()],
+        },
+    ]
+    for name, receipt in receipts.items():
+        lines = [[t.name, f"{t.max_abs_diff:g}", t.sha256[:12]] for t in receipt.tensors if t.spec is not None]
+        sections.append(
+            {
+                "kind": "table",
+                "title": f"{name}: {receipt.bytes:,} bytes, read back by {receipt.reader}",
+                "columns": ["tensor", "largest difference to the trained weight", "sha256"],
+                "rows": lines,
+            }
+        )
+    if watch.plan is not None:
+        plan = [[row.name, row.type, str(row.rule), str(row.weight), str(row.input or "float")] for row in watch.plan.rows]
+        columns = ["layer", "type", "rule", "weight", "input"]
+        sections.append({"kind": "table", "title": "Plan", "fold": "every layer", "columns": columns, "rows": plan})
+    lead = f"{recipe.description or recipe.name}: {recipe.train.task} from {recipe.train.model}, {recipe.train.max_steps} steps."
+    write_report({"title": f"Run {recipe.name}", "lead": lead, "sections": sections}, out)

@@ -1,0 +1,178 @@
+"""Run by test_distributed.py in two processes: `torchrun --nproc-per-node 2 dist_run.py CASE FOLDER`.
+
+Each case writes what rank 0 found to FOLDER/CASE.json; an assertion that fails ends the run with an error.
+"""
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+warnings.filterwarnings("ignore")
+logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+import pytorch_lightning as pl  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from lit_small import Lit, data, delayed, recipe, trainer  # noqa: E402
+from pytorch_lightning.strategies import ModelParallelStrategy  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import qat  # noqa: E402
+from qat.callbacks import QATCallback  # noqa: E402
+from qat.prepare import full  # noqa: E402
+from qat.state import require_state  # noqa: E402
+
+torch.set_num_threads(1)
+CASE, FOLDER = sys.argv[1], Path(sys.argv[2])
+EMA_INPUT = {"bits": 8, "granularity": "tensor", "quantizer": "ema", "zero_point": "int"}
+STEPS = 6
+
+
+class Halves(Lit):
+    """Each rank trains on its part of the step's batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = list(data())[self.global_step % 8]
+        part = slice(self.global_rank, None, self.trainer.world_size)
+        return super().training_step((x[part], y[part]), batch_idx)
+
+
+class Sharded(Halves):
+    sharded = False
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        if not self.sharded:
+            mesh = self.device_mesh["data_parallel"]
+            for part in (self.net.a, self.net):
+                fully_shard(part, mesh=mesh)
+            self.sharded = True
+
+
+class ShardedInside(Sharded):
+    """Makes its layers in configure_model, where it shards them."""
+
+    prepared_by_user = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready, self.net = self.net, None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = self.ready
+            del self.ready
+            if self.prepared_by_user:
+                qat.prepare(self, RECIPE)
+        super().configure_model()
+
+
+RECIPE = recipe(input=EMA_INPUT, phases=delayed(2))
+
+
+def fit(module: Any, strategy: Any, steps: int = STEPS, ckpt: Any = None, **kwargs: Any) -> pl.Trainer:
+    t = trainer(FOLDER, QATCallback(RECIPE), devices=2, strategy=strategy, max_steps=steps, limit_val_batches=1, **kwargs)
+    t.fit(module, data(), data(), ckpt_path=ckpt)
+    return t
+
+
+def same_on_all_ranks(module: torch.nn.Module) -> None:
+    for name, value in {**dict(module.named_parameters()), **dict(module.named_buffers())}.items():
+        mine = full(value).contiguous()
+        if "scratch" in name or "norm" in name:
+            continue
+        first = mine.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(mine, first), name
+
+
+def mean_losses(module: Lit) -> list[float]:
+    joint = torch.tensor(module.losses)
+    dist.all_reduce(joint)
+    return (joint / 2).tolist()
+
+
+def done(**found: Any) -> None:
+    if dist.get_rank() == 0:
+        (FOLDER / f"{CASE}.json").write_text(json.dumps(found))
+    dist.barrier()
+
+
+def saved_equals_trained(module: Lit, path: Path) -> int:
+    """The gathered integers are those that one process makes from the checkpoint."""
+    bundle = qat.convert(module)
+    gathered = {name: bundle[name] for name in bundle}
+    floats = {name: bundle.floats[name] for name in bundle.floats}
+    if dist.get_rank() == 0:
+        alone = qat.convert(qat.load_from_checkpoint(path, Lit()))
+        assert gathered.keys() == set(alone)
+        for name, q in alone.items():
+            assert torch.equal(q.codes, gathered[name].codes), name
+            assert torch.equal(q.scale, gathered[name].scale), name
+        assert floats.keys() == set(alone.floats)
+        assert all(torch.equal(value, floats[name]) for name, value in alone.floats.items())
+    dist.barrier()
+    return len(gathered)
+
+
+def ddp() -> None:
+    module = Halves()
+    t = fit(module, "ddp")  # default flags: an unused parameter would be an error
+    same_on_all_ranks(module)
+    t.save_checkpoint(FOLDER / "ddp.ckpt")
+    done(losses=mean_losses(module), tensors=saved_equals_trained(module, FOLDER / "ddp.ckpt"))
+
+
+def parallel(whole_file: bool) -> ModelParallelStrategy:
+    return ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=not whole_file
+    )
+
+
+def fsdp2() -> None:
+    module = Sharded()
+    t = fit(module, parallel(whole_file=True))
+    assert all(hasattr(p, "placements") for p in module.net.parameters())
+    same_on_all_ranks(module)
+    t.save_checkpoint(FOLDER / "fsdp2.ckpt")
+    done(losses=mean_losses(module), tensors=saved_equals_trained(module, FOLDER / "fsdp2.ckpt"))
+
+
+def fsdp2_resume() -> None:
+    whole = Sharded()
+    fit(whole, parallel(whole_file=False))
+    half = Sharded()
+    t = fit(half, parallel(whole_file=False), steps=4)
+    t.save_checkpoint(FOLDER / "half.ckpt")
+    assert (FOLDER / "half.ckpt").is_dir()
+    resumed = Sharded()
+    for parameter in resumed.parameters():
+        parameter.data.normal_()
+    fit(resumed, parallel(whole_file=False), ckpt=FOLDER / "half.ckpt")
+    assert resumed.losses == whole.losses[4:], (resumed.losses, whole.losses)
+    assert require_state(resumed).record == require_state(whole).record
+    for (name, a), b in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(full(a), full(b)), name
+    done(losses=mean_losses(whole))
+
+
+def fsdp2_inside() -> None:
+    module = ShardedInside()
+    try:
+        fit(module, parallel(whole_file=True))
+        raise AssertionError("layers that were sharded before they were prepared have to be refused")
+    except qat.QATError as refused:
+        said = str(refused)
+    module = ShardedInside()
+    module.prepared_by_user = True
+    fit(module, parallel(whole_file=True))
+    same_on_all_ranks(module)
+    done(said=said, losses=mean_losses(module))
+
+
+{"ddp": ddp, "fsdp2": fsdp2, "fsdp2_resume": fsdp2_resume, "fsdp2_inside": fsdp2_inside}[CASE]()

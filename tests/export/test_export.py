@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import qat
+from qat.errors import ExportError, QATError
+from qat.export import export, get_format, rehearse_export
+from qat.export.formats.gguf import Gguf
+from qat.verify import verify
+
+pytest.importorskip("gguf")
+pytest.importorskip("tokenizers")
+
+
+def test_a_prepared_model_and_a_bundle_give_the_same_file(bundle: qat.Bundle, tokenizer: Any, tmp_path: Path) -> None:
+    one = export(bundle, tmp_path / "one", "gguf", tokenizer=tokenizer, weights="best")
+    two = export(bundle.module, tmp_path / "two", "gguf", tokenizer=tokenizer)
+    assert one.files == two.files and one.tensors == two.tensors
+    assert (one.weights, two.weights) == ("best", "last")
+    assert sorted(os.listdir(tmp_path / "one")) == ["model.gguf", "qat_receipt.json"]
+
+
+def test_the_receipt_hashes_the_weight_of_the_forward(bundle: qat.Bundle, tokenizer: Any, tmp_path: Path) -> None:
+    receipt = export(bundle, tmp_path / "out", "gguf", tokenizer=tokenizer)
+    hashes = {record.name: record.sha256 for record in receipt.tensors}
+    for name in bundle:
+        layer = bundle.module.get_submodule(name.rpartition(".")[0])
+        from qat.qtensor import tensor_sha256
+
+        assert hashes[name] == tensor_sha256(layer.weight_quantizer(layer.weight)), name
+
+
+# Turned red by writing into the target itself.
+def test_an_exception_in_the_middle_leaves_nothing(
+    bundle: qat.Bundle, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = Gguf._bytes, []
+
+    def fails_later(self: Gguf, *args: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 7:
+            raise RuntimeError("the disk caught fire")
+        return real(self, *args)
+
+    monkeypatch.setattr(Gguf, "_bytes", fails_later)
+    with pytest.raises(RuntimeError, match="caught fire"):
+        export(bundle, tmp_path / "a" / "out", "gguf", tokenizer=tokenizer)
+    assert len(seen) == 7 and list(tmp_path.iterdir()) == []
+
+
+def test_one_pass_one_tensor_at_a_time(bundle: qat.Bundle, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    asked: list[str] = []
+    real = qat.Bundle.__getitem__
+    monkeypatch.setattr(qat.Bundle, "__getitem__", lambda self, name: asked.append(name) or real(self, name))
+    export(bundle, tmp_path / "out", "gguf", tokenizer=tokenizer)
+    assert asked == list(bundle)
+
+
+def test_what_is_in_the_way(bundle: qat.Bundle, tokenizer: Any, tmp_path: Path) -> None:
+    export(bundle, tmp_path / "out", "gguf", tokenizer=tokenizer)
+    with pytest.raises(ExportError, match="is not empty"):
+        export(bundle, tmp_path / "out", "gguf", tokenizer=tokenizer)
+    export(bundle, tmp_path / "out", "gguf", tokenizer=tokenizer, overwrite=True)
+    assert len(verify(tmp_path / "out")) == 20
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_wrong_arguments(bundle: qat.Bundle, tmp_path: Path) -> None:
+    with pytest.raises(QATError, match="format='safetensors' is unknown"):
+        export(bundle, tmp_path / "out", "safetensors")
+    with pytest.raises(ExportError, match="weights='first' is unknown; use one of last, best, ema"):
+        export(bundle, tmp_path / "out", "gguf", weights="first")
+    with pytest.raises(QATError, match="not prepared"):
+        export(torch.nn.Linear(2, 2), tmp_path / "out", "gguf")
+    with pytest.raises(ExportError, match="gguf cannot hold this model: llama.cpp needs the tokenizer"):
+        export(bundle, tmp_path / "out", "gguf")
+
+
+def test_a_rehearsal_leaves_nothing(
+    bundle: qat.Bundle, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    receipt = rehearse_export(bundle, "gguf", tokenizer)
+    assert len(receipt.tensors) == 20 and list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_differs_is_caught(
+    bundle: qat.Bundle, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Gguf.read
+
+    def off_by_little(self: Gguf, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in real(self, folder):
+            weight.view(-1)[0] += 1e-3
+            yield name, weight
+
+    monkeypatch.setattr(Gguf, "read", off_by_little)
+    with pytest.raises(ExportError, match=r"largest difference 0.001\)"):
+        export(bundle, tmp_path / "out", "gguf", tokenizer=tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_alone_is_enough_for_the_grids(bundle: qat.Bundle) -> None:
+    assert get_format("gguf").check(bundle.plan) == []
+    assert any("not Embedding" in reason for reason in get_format("compressed-tensors").check(bundle.plan))
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    """Both ranks export; then a failure on rank 0 must reach both."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    import transformers
+
+    from qat.recipes import from_dict
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+    rules = {"all": {"types": ["Linear"], "weight": {"bits": 4}}, "head": {"match": ["lm_head"], "keep_float": True}}
+    qat.prepare(model, from_dict({"name": "small", "rules": rules, "phases": {"qat": {"steps": -1}}}))
+    bundle = qat.convert(model)
+    receipt = export(bundle, Path(folder) / "out", "compressed-tensors")
+    assert len(verify(Path(folder) / "out")) == len(receipt.tensors) == 12
+    try:
+        export(bundle, Path(folder) / "out", "compressed-tensors")
+    except ExportError as problem:
+        assert "is not empty" in str(problem)
+        (Path(folder) / f"refused{rank}").touch()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# Turned red by draining before the broadcast only on success, or by refusing on rank 0 before the ranks meet.
+@pytest.mark.slow
+def test_two_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    port = 29500 + os.getpid() % 2000
+    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "refused0", "refused1"]

@@ -1,0 +1,168 @@
+"""The one rounding against two that share no code with it: NumPy in fp32, and torch's own fake quantization.
+
+Mutations of `fake_quant_kernels/affine.py` that were tried, and the test that turned red for each:
+
+    r = 1 / s used as w / s                       test_equals_numpy
+    torch.round -> torch.floor                    test_equals_numpy, test_equals_torch_fake_quantize
+    upper bound hi - z -> hi - z - 1              test_equals_numpy, test_equals_torch_fake_quantize
+    ds without `- value * inside`                 test_gradients_are_those_of_torch_learnable_fake_quantize
+    inside: >= low -> > low                       test_gradients_on_the_bounds_count_as_inside
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qat.fake_quant_kernels.affine import decode, encode, fake_quantize
+
+RANGES = [(-8, 7), (-7, 7), (0, 15), (-128, 127), (0, 255), (-1, 0), (0, 1), (-2, 1)]
+KINDS = ["none", "int", "float"]
+
+
+def numpy_encode(w: np.ndarray, s: np.ndarray, z: np.ndarray | None, m: np.ndarray | None, lo: int, hi: int) -> np.ndarray:
+    """The docstring's formulas, one group at a time, every operation in float32."""
+    one, codes = np.float32(1), np.empty_like(w)
+    groups = s.shape[1]
+    size = w.shape[1] // groups
+    for row in range(w.shape[0]):
+        for group in range(groups):
+            at = (0, 0) if s.size == 1 else (row, group)
+            block = w[row, group * size : (group + 1) * size]
+            r = one / s[at]
+            if m is not None:
+                block = block - m[at]
+            zero = np.float32(0) if z is None else z[at]
+            value = np.minimum(np.maximum(block * r, np.float32(lo) - zero), np.float32(hi) - zero)
+            codes[row, group * size : (group + 1) * size] = np.rint(value) + zero
+    return codes
+
+
+def numpy_decode(q: np.ndarray, s: np.ndarray, z: np.ndarray | None, m: np.ndarray | None) -> np.ndarray:
+    size = q.shape[1] // s.shape[1]
+    wide = [None if t is None else np.broadcast_to(t.repeat(size, 1), q.shape) for t in (s, z, m)]
+    value = (q if wide[1] is None else q - wide[1]) * wide[0]
+    return value if wide[2] is None else value + wide[2]
+
+
+def fields(kind: str, groups: int, lo: int, hi: int, seed: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(5, 24, generator=g) * torch.logspace(-3, 2, 5).unsqueeze(1)
+    shape = (1, 1) if groups == 0 else (5, groups)
+    s = torch.rand(shape, generator=g) * w.abs().max() / max(hi - lo, 1) + 1e-4
+    z = torch.randint(lo, hi + 1, shape, generator=g).float() if kind == "int" else None
+    m = torch.randn(shape, generator=g) if kind == "float" else None
+    return w, s, z, m
+
+
+@pytest.mark.parametrize("groups", [0, 1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_numpy(kind: str, groups: int) -> None:
+    for seed, (lo, hi) in enumerate(RANGES * 6):
+        w, s, z, m = fields(kind, groups, lo, hi, seed)
+        # exact ties and values on the bounds, where a wrong rounding shows
+        w[:, :8] = (torch.arange(8) - 3.5) * s[:, :1]
+        codes = encode(w, s, z, m, lo, hi)
+        parts = [None if t is None else t.numpy() for t in (s, z, m)]
+        assert np.array_equal(codes.numpy(), numpy_encode(w.numpy(), *parts, lo, hi))
+        assert codes.min() >= lo and codes.max() <= hi
+        expected = numpy_decode(codes.numpy(), *parts)
+        assert np.array_equal(decode(codes, s, z, m).numpy(), expected)
+        assert np.array_equal(fake_quantize(w, s, z, m, lo, hi).numpy(), expected)
+
+
+def test_the_reciprocal_is_taken_once_per_scale() -> None:
+    """Some numbers fall on other codes with a division: the arithmetic that is named is the one that is used."""
+    s = torch.linspace(0.003, 0.2, 64).unsqueeze(1)
+    w = (torch.arange(0, 127, dtype=torch.float32) + 0.5).reshape(1, -1) * s
+    codes = encode(w, s, None, None, -128, 127)
+    assert torch.equal(codes, torch.round(w * (1.0 / s)))
+    assert not torch.equal(codes, torch.round(w / s)), "the sample no longer tells the two apart"
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(("lo", "hi"), RANGES)
+def test_equals_torch_fake_quantize(lo: int, hi: int, zero: bool) -> None:
+    w, s, z, _ = fields("int" if zero else "none", 1, lo, hi, 3)
+    torch_zero = torch.zeros(5, dtype=torch.int32) if z is None else z[:, 0].int()
+    if not lo <= int(torch_zero.min()) or not int(torch_zero.max()) <= hi:
+        pytest.skip("torch wants the zero point within the codes")
+    expected = torch.fake_quantize_per_channel_affine(w, s[:, 0], torch_zero, 0, lo, hi)
+    assert torch.equal(fake_quantize(w, s, z, None, lo, hi), expected)
+
+
+@pytest.mark.parametrize(("lo", "hi"), [(-8, 7), (0, 15), (-128, 127)])
+def test_gradients_are_those_of_torch_learnable_fake_quantize(lo: int, hi: int) -> None:
+    w, s, z, _ = fields("int", 1, lo, hi, 11)
+    s = s / 3
+    g = torch.randn_like(w)
+    ours = [w.clone().requires_grad_(), s.clone().requires_grad_()]
+    fake_quantize(ours[0], ours[1], z, None, lo, hi).backward(g)
+    theirs = [w.clone().requires_grad_(), s[:, 0].clone().requires_grad_()]
+    zero = z[:, 0].clone().requires_grad_()
+    torch._fake_quantize_learnable_per_channel_affine(*theirs, zero, 0, lo, hi, 1.0).backward(g)
+    assert torch.equal(ours[0].grad, theirs[0].grad)
+    torch.testing.assert_close(ours[1].grad[:, 0], theirs[1].grad, rtol=1e-4, atol=1e-4 * float(theirs[1].grad.abs().max()))
+
+
+def ste(w: Tensor, s: Tensor, z: Tensor | None, m: Tensor | None, lo: int, hi: int) -> Tensor:
+    """Plain autograd: a straight-through round inside the clamp, everything else as written."""
+    blocks = w.reshape(w.shape[0], s.shape[1], -1)
+    s, z, m = (None if t is None else t.unsqueeze(-1) for t in (s, z, m))
+    zero = 0.0 if z is None else z
+    v = (blocks if m is None else blocks - m) * (1.0 / s)
+    clamped = torch.where(v < lo - zero, lo - zero + v * 0, torch.where(v > hi - zero, hi - zero + v * 0, v))
+    rounded = clamped + (torch.round(clamped) - clamped).detach()
+    out = rounded * s
+    return (out if m is None else out + m).reshape(w.shape)
+
+
+@pytest.mark.parametrize("groups", [0, 1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_plain_autograd(kind: str, groups: int) -> None:
+    w, s, z, m = fields(kind, groups, -8, 7, 5)
+    w, s = w.double(), s.double() / 3
+    z, m = (None if t is None else t.double() for t in (z, m))
+    g = torch.randn_like(w)
+    found = []
+    for function in (fake_quantize, ste):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in (w, s, z, m)]
+        function(*leaves, -8, 7).backward(g)
+        found.append([None if t is None else t.grad for t in leaves])
+    for ours, plain in zip(*found, strict=True):
+        assert (ours is None) == (plain is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_on_the_bounds_count_as_inside() -> None:
+    w = torch.tensor([[-8.0, 7.0, -8.01, 7.01]], requires_grad=True)
+    fake_quantize(w, torch.ones(1, 1), None, None, -8, 7).sum().backward()
+    assert w.grad.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+
+
+def test_identity_passes_every_gradient() -> None:
+    w = torch.tensor([[-80.0, 0.3, 80.0]], requires_grad=True)
+    fake_quantize(w, torch.ones(1, 1), None, None, -8, 7, True).backward(torch.tensor([[1.0, 2.0, 3.0]]))
+    assert w.grad.tolist() == [[1.0, 2.0, 3.0]]
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=8),
+    st.floats(min_value=2.0**-110, max_value=2.0**119, width=32),
+    st.sampled_from(RANGES),
+    st.integers(0, 255),
+)
+def test_codes_stay_within_the_grid(values: list[float], scale: float, bounds: tuple[int, int], zero: int) -> None:
+    """Any weight, infinite ones too, and any scale that can be stored."""
+    lo, hi = bounds
+    w, s = torch.tensor([values]), torch.full((1, 1), scale)
+    z = torch.full((1, 1), float(min(max(zero, lo), hi)))
+    for each in (None, z):
+        codes = encode(w, s, each, None, lo, hi)
+        assert bool(((codes >= lo) & (codes <= hi) & (codes == codes.round())).all())
+        assert bool(torch.isfinite(decode(codes, s, each, None)).all())
