@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_RECORD = "qat_record"
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
@@ -118,7 +119,13 @@ class QATCallback(AnyCallback):
         with watched(pl_module):
             return original(*args, **kwargs)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # a second copy: some strategies restore parameters and buffers only
+        checkpoint[_RECORD] = require_state(pl_module).get_extra_state()
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if _RECORD in checkpoint:
+            require_state(pl_module).set_extra_state(checkpoint[_RECORD])
         weights = checkpoint.get("state_dict")
         if trainer.state.fn != "fit" or not weights or not checkpoint.get("optimizer_states"):
             return

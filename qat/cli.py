@@ -7,9 +7,10 @@ torch and everything above it is imported inside the commands: `qat --help` and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from qat.recipes import Recipe
 
 DEBUG = "QAT_DEBUG"
+_TRAINERS = ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric")
 # Modules that come with an extra: what is missing says what to install.
 _EXTRAS = {
     "compressed_tensors": "compressed-tensors",
@@ -107,11 +109,12 @@ def plan(recipe: RecipeArgument, model: Model, overrides: Overrides = None) -> N
 
     The weights are not read, so this is quick for a model of any size.
     """
-    from qat.hf import empty_model
-    from qat.plan import make_plan
     from qat.recipes import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    from qat.hf import empty_model
+    from qat.plan import make_plan
+
     found = make_plan(empty_model(model, meta=True), loaded)
     print(found.render().rstrip())
     _targets(found, loaded)
@@ -125,13 +128,30 @@ def train(
         bool, typer.Option("--dry-run", help="Plan and rehearse the export on the untrained model; write nothing.")
     ] = False,
 ) -> None:
-    """Train a model with a recipe, e.g. qat train w4_gguf_q4_0 train.model=DIR train.data=[texts.jsonl]."""
+    """Train a model with a recipe, export it and write a report.
+
+    For example: qat train w4_gguf_q4_0 train.model=DIR train.data='[texts.jsonl]'
+    """
+    from rich.table import Table
+
     from qat.recipes import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from qat.tasks import run
+    from qat.tasks.train import run
 
-    run(loaded, dry_run=dry_run)
+    with _quiet_trainer():
+        results = run(loaded, dry_run=dry_run)
+    if dry_run:
+        print(results["plan"].rstrip())
+        print(f"export rehearsed and read back: {', '.join(loaded.export.targets) or 'the recipe has no target'}")
+        return
+    table = Table("figure", "value", title=f"{loaded.name}, {loaded.train.max_steps} steps", title_justify="left")
+    for name, value in results["metrics"].items():
+        table.add_row(name, f"{value:.5g}")
+    _show(table)
+    for name, folder in results["exports"].items():
+        print(f"{name}: {folder}")
+    print(f"report: {Path(results['out']) / 'report.html'}")
 
 
 @app.command()
@@ -154,13 +174,15 @@ def export(
     import qat
     from qat.export.atomic import refuse_target
     from qat.hf import empty_model, has_tokenizer, load_tokenizer
+    from qat.state import require_state
 
     refuse_target(out.absolute(), overwrite)
     if tokenizer is None and has_tokenizer(model):
         tokenizer = model
     words = load_tokenizer(tokenizer) if tokenizer is not None else None
-    bundle = qat.convert(qat.load_from_checkpoint(checkpoint, empty_model(model)))
-    receipt = qat.export(bundle, out, format=format or _only_target(bundle.recipe), tokenizer=words, overwrite=overwrite)
+    trained = qat.load_from_checkpoint(checkpoint, empty_model(model))
+    name = format or _only_target(require_state(trained).record.recipe)
+    receipt = qat.export(trained, out, format=name, tokenizer=words, overwrite=overwrite)
     print(
         f"{out}: {receipt.format}, {len(receipt.tensors)} tensors, {receipt.bytes:,} bytes; "
         f"each read back by {receipt.reader} equals the trained weight"
@@ -188,6 +210,28 @@ def report(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The fo
     from qat.report import render
 
     print(render(folder))
+
+
+@contextlib.contextmanager
+def _quiet_trainer() -> Iterator[None]:
+    """Without --verbose no notices of the trainer about loggers, workers and devices."""
+    import logging
+    import warnings
+
+    loggers = [logging.getLogger(name) for name in _TRAINERS]
+    levels = [logger.level for logger in loggers]
+    if logging.getLogger().isEnabledFor(logging.INFO):
+        yield
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(lightning|pytorch_lightning|lightning_fabric|torch)\b")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _bits(recipe: Recipe) -> str:
@@ -234,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(list(arguments) if arguments is not None else None, prog_name="qat", standalone_mode=False)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return _say("interrupted", 130) if code == 130 else code if isinstance(code, int) else 0
     except Exception as problem:
         if isinstance(problem, BrokenPipeError):
             # whoever reads our output has seen enough; keep the interpreter from flushing into the closed pipe
@@ -247,6 +291,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(*_explained(problem))
     except KeyboardInterrupt:
         return _say("interrupted", 130)
+    except SystemExit as stop:
+        # the trainer shuts down and exits with 1 when it is interrupted
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return _say("interrupted", 130)
+        raise
     finally:
         if kept is None:
             os.environ.pop(DEBUG, None)

@@ -197,6 +197,10 @@ def load_from_checkpoint(path: str | PathLike[str], model: nn.Module) -> nn.Modu
     missing = [key for key in wanted if key not in entries]
     if missing:
         raise QATError(f"{path} lacks {len(missing)} entries that the model has, {missing[0]!r} for one")
+    inside = next(name for name, module in holder.named_modules() if module is model)
+    extra = [key for key in entries if key.startswith(f"{inside}." if inside else "") and key not in wanted]
+    if extra:
+        raise QATError(f"{path} has {len(extra)} entries that the model lacks, {extra[0]!r} for one; is it another model?")
     for key, value in holder.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and value.is_floating_point() and isinstance(entries[key], Tensor):
             # the dtype that was trained, not the one that `model` happens to have: copying would round
@@ -204,7 +208,8 @@ def load_from_checkpoint(path: str | PathLike[str], model: nn.Module) -> nn.Modu
     try:
         holder.load_state_dict({key: entries[key] for key in wanted})
     except RuntimeError as problem:
-        raise QATError(f"{path} does not fit the model: {' '.join(str(problem).split())}") from None
+        first = next((line.strip() for line in str(problem).splitlines()[1:]), str(problem))
+        raise QATError(f"{path} does not fit the model: {first}") from None
     apply_schedule(holder)
     return holder
 

@@ -4,7 +4,7 @@ A report is plain data, `{"title", "lead", "sections": [...]}`, kept as report.j
 renders it again. A section has a `kind`:
 
     text          "paragraphs": [str]
-    table         "columns": [str], "rows": [[str]], "strong": [row numbers]
+    table         "columns": [str], "rows": [[str]], "strong": [row numbers], "names": columns that are words
     tiles         "tiles": [[figure, caption]]
     lines         "x", "y": axis titles, "log": bool, "lines": [[name, [[x, y]]]]
     bars          "y": axis title, "log": bool, "bars": [[name, value, label]]
@@ -51,7 +51,8 @@ def render(folder: str | PathLike[str]) -> Path:
     try:
         return write_report(json.loads(path.read_text(encoding="utf-8")), folder)
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise QATError(f"{path} is not a report ({type(problem).__name__}: {problem}); run the training again") from None
+        what = f"{type(problem).__name__}: {problem}"
+        raise QATError(f"{path} is not a report ({what}); run the training again") from None
 
 
 def page_of(report: dict[str, Any]) -> str:
@@ -122,7 +123,8 @@ def _lines(axes: Any, section: dict[str, Any]) -> None:
             # Every step lightly, and on top what the eye should follow.
             axes.plot(x, y, color=colour, alpha=0.22, linewidth=0.8)
             y = _smooth(y)
-        axes.plot(x, y, color=colour, linewidth=1.8, label=name, marker="o" if len(points) < 20 else None, markersize=3.5)
+        marker = "o" if len(points) < 20 else None
+        axes.plot(x, y, color=colour, linewidth=1.8, label=name, marker=marker, markersize=3.5)
     axes.set(xlabel=section["x"], ylabel=section["y"])
     axes.margins(x=0.01)
     if section.get("log"):
@@ -188,7 +190,9 @@ svg { width: 100%; height: auto; display: block; }
 .tile span { font-size: 14px; color: var(--grey); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
-th { text-align: right; color: var(--grey); font-weight: 500; border-bottom: 1.5px solid var(--ink); padding: 6px 10px; }
+th { text-align: right; color: var(--grey); font-weight: 500; border-bottom: 1.5px solid var(--ink);
+  padding: 6px 10px; }
+.names2 th:nth-child(2), .names2 td:nth-child(2) { text-align: left; }
 td { text-align: right; border-bottom: 1px solid var(--line); padding: 6px 10px; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.strong td { font-weight: 650; background: var(--tint); }
@@ -219,7 +223,7 @@ _PAGE = """<!doctype html>
 {% for text in paragraphs(report.lead) %}<p>{{ text }}</p>{% endfor %}
 </header>
 {% macro table(s) %}
-<div class="scroll"><table>
+<div class="scroll"><table{% if s.names == 2 %} class="names2"{% endif %}>
 <thead><tr>{% for c in s.columns %}<th>{{ c }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for r in s.rows %}
@@ -231,15 +235,20 @@ _PAGE = """<!doctype html>
 {% if s.title %}<h2>{{ s.title }}</h2>{% endif %}
 {% if s.kind == "text" %}{% for text in s.paragraphs %}<p>{{ text }}</p>{% endfor %}
 {% elif s.kind == "tiles" %}
-<div class="tiles">{% for figure, caption in s.tiles %}<div class="tile"><b>{{ figure }}</b><span>{{ caption }}</span></div>
-{% endfor %}</div>
+<div class="tiles">
+{% for figure, caption in s.tiles %}
+<div class="tile"><b>{{ figure }}</b><span>{{ caption }}</span></div>
+{% endfor %}
+</div>
 {% elif s.kind == "table" and s.fold %}
 <details><summary>{{ s.fold }}</summary>{{ table(s) }}</details>
 {% elif s.kind == "table" %}{{ table(s) }}
 {% elif s.kind == "completions" %}
 {% for prompt, texts in s.rows %}
 <div class="talk" style="grid-template-columns: repeat({{ texts | length }}, 1fr)">
-{% for text in texts %}<div><h3>{{ s.models[loop.index0] }}</h3><pre><span class="prompt">{{ prompt }}</span>{{ text }}</pre></div>
+{% for text in texts %}
+<div><h3>{{ s.models[loop.index0] }}</h3>
+<pre><span class="prompt">{{ prompt }}</span>{{ text }}</pre></div>
 {% endfor %}
 </div>
 {% endfor %}

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 VERSION = 1
 CHILD = "qat_state"
+# Room for a layer's pair of dtypes beside its name, and for everything else but the recipe.
+_LAYER_BYTES = 64
+_RECORD_BYTES = 512
+_BLOCK = 1024
 
 
 @dataclass
@@ -64,12 +68,17 @@ class QATState(nn.Module):
         return self.plan
 
     def get_extra_state(self) -> Tensor:
-        return encode_record(self.record)
+        """The record, in a number of bytes that only the recipe and the plan decide: a sharded checkpoint is loaded into a
+        tensor of the size that it was saved with."""
+        layers = [] if self.plan is None else [row.name for row in self.plan.rows]
+        recipe = len(json.dumps(self.record.recipe).encode())
+        room = recipe + sum(len(name.encode()) + _LAYER_BYTES for name in layers) + _RECORD_BYTES
+        return encode_record(self.record, -(-room // _BLOCK) * _BLOCK)
 
     def set_extra_state(self, state: Tensor) -> None:
         recipe = self.record.recipe
         self.record = decode_record(state)
-        if recipe and _structure(recipe) != _structure(self.record.recipe):
+        if recipe and structure(recipe) != structure(self.record.recipe):
             raise QATError(
                 "the checkpoint was trained with other rules or phases than this recipe; resume with the recipe of the "
                 "checkpoint (qat.load_from_checkpoint reads it from the file), or load only the weights"
@@ -84,14 +93,15 @@ class QATState(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def _structure(recipe: dict[str, Any]) -> Any:
+def structure(recipe: dict[str, Any]) -> Any:
+    """What two recipes must agree on for one to go on with the other's training state."""
     return {key: recipe.get(key) for key in ("rules", "phases")}
 
 
-def encode_record(record: Record) -> Tensor:
-    """uint8 [n] of UTF-8 JSON; the order of rules and phases means something and is kept."""
-    text = json.dumps({"version": VERSION, **record.__dict__})
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
+def encode_record(record: Record, size: int = 0) -> Tensor:
+    """uint8 [max(n, size)] of UTF-8 JSON and spaces; the order of rules and phases means something and is kept."""
+    text = json.dumps({"version": VERSION, **record.__dict__}).encode().ljust(size)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).clone()
 
 
 def decode_record(state: Tensor) -> Record:

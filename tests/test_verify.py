@@ -86,7 +86,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f / RECEIPT, lambda d: d["tensors"][1].update(shape=[1])),
         r"has shape .* the receipt says \[1\]",
     ),
-    "a tensor too many in the files": (lambda f: edit(f / RECEIPT, lambda d: d["tensors"].pop()), "but not in the receipt"),
+    "a tensor too many in the files": (
+        lambda f: edit(f / RECEIPT, lambda d: d["tensors"].pop()),
+        "but not in the receipt",
+    ),
     "a tensor too few in the files": (
         lambda f: edit(f / RECEIPT, lambda d: d["tensors"].append({**d["tensors"][0], "name": "more"})),
         "are not in the files, more for one",

@@ -1,6 +1,6 @@
 """Tasks that `qat train` runs: a LightningModule with its data, one file each; and the demo.
 
-    run(recipe)     train, export, report; what `qat train RECIPE` calls
+run(recipe)     train, export, report; what `qat train RECIPE` calls
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -106,55 +107,64 @@ def find_files(paths: Sequence[str], kinds: Iterable[str], key: str = "train.dat
         elif not path.exists():
             raise QATError(f"{key}: {path} does not exist")
         elif path.suffix.lower() not in allowed:
-            raise QATError(f"{key}: {path} ends in {path.suffix or 'nothing'}; files that can be read end in {', '.join(allowed)}")
+            ending = path.suffix or "nothing"
+            raise QATError(f"{key}: {path} ends in {ending}; files that can be read end in {', '.join(allowed)}")
         else:
             found.append(path)
     return found
 
 
 def read_records(paths: Sequence[str], key: str = "train.data") -> list[dict[str, Any]]:
-    """Records of text, jsonl and parquet files in order, through `datasets`; a text file is one record {"text": ...}.
+    """Records of text, jsonl, json and parquet files in order; a text file is one record {"text": ...}.
 
-    Raises QATError for files that cannot be read or hold nothing.
+    Raises QATError for files that cannot be read (naming the line of a jsonl file) or hold nothing.
     """
-    import datasets
-
     records: list[dict[str, Any]] = []
     for path in find_files(paths, (*TEXT, *TABLES), key):
         suffix = path.suffix.lower()
-        if suffix in TEXT:
+        if suffix == ".parquet":
+            found = _parquet(path, key)
+        else:
             try:
-                records.append({"text": path.read_text(encoding="utf-8")})
+                text = path.read_text(encoding="utf-8-sig")
             except UnicodeDecodeError as problem:
                 raise QATError(f"{key}: {path} is not UTF-8 text ({problem})") from None
-            continue
-        builder = datasets.Dataset.from_json if TABLES[suffix] == "json" else datasets.Dataset.from_parquet
-        try:
-            with quiet_datasets():
-                records += list(builder(str(path)))
-        except Exception as problem:
-            cause = problem.__cause__ or problem
-            line = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-            raise QATError(f"{key}: {path} cannot be read as {TABLES[suffix]}: {line}") from None
+            found = [{"text": text}] if suffix in TEXT else _json(text, path, key)
+        records += found
     if not records:
         raise QATError(f"{key}: {', '.join(map(str, paths))} hold no record")
     return records
 
 
-class quiet_datasets:
-    """Inside, `datasets` shows no progress bars of its own."""
+def _parquet(path: Path, key: str) -> list[dict[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
 
-    def __enter__(self) -> None:
-        from datasets.utils import logging
+    try:
+        return parquet.read_table(path).to_pylist()  # type: ignore[no-any-return]
+    except (pyarrow.ArrowException, OSError) as problem:
+        raise QATError(f"{key}: {path} cannot be read as parquet: {problem}") from None
 
-        self._bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
 
-    def __exit__(self, *error: object) -> None:
-        from datasets.utils import logging
-
-        if self._bars:
-            logging.enable_progress_bar()
+def _json(text: str, path: Path, key: str) -> list[dict[str, Any]]:
+    """One object per line, or (.json) one list of objects."""
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        parts = [("", text)]
+    else:
+        # Unicode has line ends of its own, which JSON text may hold: only "\n" ends a record
+        parts = [(f", line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    found: list[dict[str, Any]] = []
+    for where, part in parts:
+        try:
+            value = json.loads(part)
+        except (ValueError, RecursionError) as problem:
+            raise QATError(f"{key}: {path}{where} is not JSON: {problem}") from None
+        for index, record in enumerate(value if not where else [value]):
+            if not isinstance(record, dict):
+                place = where or f", entry {index + 1}"
+                raise QATError(f"{key}: {path}{place} is {type(record).__name__}, not an object with keys")
+            found.append(record)
+    return found
 
 
 def value_of(record: dict[str, Any], key: str, setting: str, what: type | tuple[type, ...]) -> Any:

@@ -10,7 +10,6 @@ Chat    a record's messages through the tokenizer's chat template; the loss is o
 from __future__ import annotations
 
 import logging
-import os
 import re
 from typing import Any
 
@@ -82,7 +81,8 @@ def _too_little(train: Train, chat: bool) -> str:
             f"train.data: no conversation has a token of an answer within train.seq_len={train.seq_len} tokens; "
             "raise train.seq_len or check the roles"
         )
-    return f"train.data: the text is shorter than one sequence of train.seq_len={train.seq_len} tokens; add text or lower it"
+    length = f"train.seq_len={train.seq_len}"
+    return f"train.data: the text is shorter than one sequence of {length} tokens; add text or lower it"
 
 
 def packed_samples(records: list[dict[str, Any]], tokenizer: Any, train: Train) -> list[Sample]:
@@ -153,7 +153,7 @@ def _by_difference(messages: list[Any], tokenizer: Any) -> list[Sample]:
             continue
         upto = render(index + 1)
         prompt = render(index, prompt=True) if index else ""
-        span = (len(os.path.commonprefix([prompt, upto])), len(upto))
+        span = (_shared(prompt, upto), len(upto))
         if whole.startswith(upto):
             within.append(span)
         else:
@@ -161,6 +161,11 @@ def _by_difference(messages: list[Any], tokenizer: Any) -> list[Sample]:
     if within:
         samples.append(_tokens(whole, within, tokenizer))
     return samples
+
+
+def _shared(a: str, b: str) -> int:
+    """Characters that both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _tokens(text: str, spans: list[tuple[int, int]], tokenizer: Any) -> Sample:

@@ -71,7 +71,12 @@ FAST = replace(
     FULL, layers=1, vocab=512, context=64, batch=8, float_steps=12, extra_steps=6, held_out_blocks=16, watched_blocks=4,
     corpus_limit=1_500_000, completion_tokens=8,
 )  # fmt: skip
-PROMPTS = ("import os\nimport sys\n\ndef ", "class Error(Exception):\n    ", "    def __init__(self, ", "for i in range(")
+PROMPTS = (
+    "import os\nimport sys\n\ndef ",
+    "class Error(Exception):\n    ",
+    "    def __init__(self, ",
+    "for i in range(",
+)
 
 
 @dataclass(frozen=True)
@@ -269,7 +274,8 @@ class Demo:
 
     def llama_cpp(self, folder: Path) -> tuple[list[Tensor], list[str]]:
         """(log-probabilities of the held-out blocks, completions) by llama.cpp on the exported file."""
-        with LlamaCpp(next(folder.glob("*.gguf")), context=self.settings.context, threads=torch.get_num_threads()) as served:
+        file = next(folder.glob("*.gguf"))
+        with LlamaCpp(file, context=self.settings.context, threads=torch.get_num_threads()) as served:
             found = list(served.log_probs(self.held_out))
             texts = []
             for prompt in PROMPTS:
@@ -280,6 +286,7 @@ class Demo:
     def transformers(self, folder: Path) -> tuple[list[Tensor], list[str]]:
         """The same by transformers, which unpacks with compressed-tensors."""
         from transformers import AutoModelForCausalLM
+
         # compressed-tensors draws bars of its own while it unpacks, at loading and in the first forward.
         with contextlib.redirect_stderr(io.StringIO()):
             served = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -287,19 +294,10 @@ class Demo:
         return found, [self.text(greedy(served, *self.prompt(prompt))) for prompt in PROMPTS]
 
     def reference_file(self) -> tuple[Scores, int]:
-        """What llama.cpp adds by computing with 8-bit activations: the float model as Q8_0, PyTorch against llama.cpp."""
-        recipe = from_dict(
-            {
-                "name": "float_q8_0",
-                "rules": {
-                    "all": {
-                        "types": ["Linear", "Embedding"],
-                        "weight": {"bits": 8, "granularity": "group", "group_size": 32, "narrow": True, "quantizer": "absmax"},
-                    }
-                },
-                "export": {"targets": ["gguf"]},
-            }
-        )
+        """What llama.cpp's 8-bit activations add: the float model as Q8_0, PyTorch against llama.cpp."""
+        q8_0 = {"bits": 8, "granularity": "group", "group_size": 32, "narrow": True, "quantizer": "absmax"}
+        rule = {"types": ["Linear", "Embedding"], "weight": q8_0}
+        recipe = from_dict({"name": "float_q8_0", "rules": {"all": rule}, "export": {"targets": ["gguf"]}})
         with self.stage("float as Q8_0 in llama.cpp"):
             model = copy.deepcopy(self.float_model)
             qat.prepare(model, recipe)

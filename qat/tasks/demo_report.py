@@ -33,7 +33,8 @@ def rows_of(demo: Demo) -> list[dict[str, Any]]:
         for key, value in values.items():
             metric = _METRICS[key]
             better = BETTER.get(metric, "lower")
-            rows.append({"suite": "demo", "case": case, "tool": tool, "metric": metric, "value": value, "better": better})
+            row = {"suite": "demo", "case": case, "tool": tool, "metric": metric}
+            rows.append({**row, "value": value, "better": better})
 
     size = (demo.out / "float" / "model.safetensors").stat().st_size
     add("32 bits", FLOAT, kl=0.0, perplexity=demo.float_scores.perplexity, top1=100.0, bits=32.0, size=size)
@@ -132,23 +133,36 @@ def report_of(demo: Demo, results: dict[str, Any]) -> dict[str, Any]:
     columns, rows = cells(results)
     tokens = demo.float_scores.positions
     four, two = demo.outcomes
+    steps = demo.settings.extra_steps
+    packed = [row for found in demo.outcomes for row in found.checked]
+    equal = sum(row.max_abs_diff == 0 for row in packed)
     lead = [
-        f"A Llama of {_params(demo):,} parameters, trained on {demo.corpus.bytes / 1e6:.1f} MB of the Python standard "
-        f"library's source text in {demo.settings.float_steps} steps; then quantized to 4 and to 2 bits, and measured on "
-        f"{tokens:,} tokens of files that no training saw.",
+        f"A Llama of {_params(demo):,} parameters, trained on {demo.corpus.bytes / 1e6:.1f} MB of the Python "
+        f"standard library's source text in {demo.settings.float_steps} steps; then quantized to 4 and to 2 bits, and "
+        f"measured on {tokens:,} tokens of files that no training saw.",
     ]
     tiles = [
-        [f"{_share(four)} %", f"of the damage of rounding to 4 bits undone by {demo.settings.extra_steps} steps of QAT"],
-        [f"{_share(two)} %", "of the damage of rounding to 2 bits undone by as many"],
-        [f"{sum(len(o.checked) for o in demo.outcomes)} of {sum(len(o.checked) for o in demo.outcomes)}",
-         "packed tensors read back equal to the trained ones, bit for bit"],
-        [f"{_float_bytes(demo) / four.file_bytes:.1f}×", "smaller than 32-bit float as a 4-bit GGUF, tokenizer included"],
-    ]  # fmt: skip
+        [f"{_share(four)} %", f"of the KL of rounding to 4 bits removed by {steps} steps of QAT"],
+        [f"{_share(two)} %", f"of the KL of rounding to 2 bits removed by {steps} steps of QAT"],
+        [f"{equal} of {len(packed)}", "packed tensors read back equal to the trained ones, bit for bit"],
+        [f"{_float_bytes(demo) / four.file_bytes:.1f} to 1", "32-bit float against the 4-bit GGUF, tokenizer included"],
+    ]
     strong = [index for index, row in enumerate(rows) if row[1] == "QAT"]
     sections: list[dict[str, Any]] = [
         {"kind": "tiles", "tiles": tiles},
-        {"kind": "table", "title": "Side by side", "columns": columns, "rows": rows, "strong": strong, "note": _table_note(demo)},
-        {"kind": "text", "title": "What it costs", "paragraphs": [_words(demo, found) for found in demo.outcomes]},
+        {
+            "kind": "table",
+            "title": "Side by side",
+            "columns": columns,
+            "rows": rows,
+            "strong": strong,
+            "names": 2,
+            "note": _table_note(demo),
+        },
+        *[
+            {"kind": "text", "half": True, "title": f"What {found.case.name} costs", "paragraphs": _words(demo, found)}
+            for found in demo.outcomes
+        ],
         *_plots(demo),
         _completions(demo),
         *[_exact(found) for found in demo.outcomes],
@@ -172,42 +186,48 @@ def _share(found: Outcome) -> str:
 
 def _table_note(demo: Demo) -> str:
     return (
-        "KL is the mean over held-out positions of KL(float ‖ model) in nats. “Float trained on” is the control: the float "
-        f"model after as many further steps ({demo.settings.extra_steps}) on the same batches in the same order. RTN rounds to the nearest "
-        "code on the same grid, with scales searched for least squared error, without training. “KL trained → read back” "
-        "compares PyTorch's fake-quantized model with the program that reads the exported file; llama.cpp computes with "
-        "8-bit activations, which the line of the float model's own Q8_0 file (PyTorch on those 8-bit weights against "
-        "llama.cpp on that file) shows by itself."
+        "KL is the mean over held-out positions of KL(float || model) in nats; top-1 the share of positions with the same "
+        "most likely token as float; bits the stored bits of a quantized weight, scales included. “Float trained on” is "
+        f"the control: the float model after as many further steps ({demo.settings.extra_steps}) on the same batches in "
+        "the same order. RTN rounds to the nearest code on the same grid, with scales searched for least squared error "
+        "and no training. “KL read” is KL(trained model in PyTorch || exported file in the program that reads it): "
+        "llama.cpp computes with 8-bit activations, and the last line shows what that alone does: the float model's "
+        "Q8_0 file in llama.cpp against PyTorch on the same 8-bit weights."
     )
 
 
-def _words(demo: Demo, found: Outcome) -> str:
+def _words(demo: Demo, found: Outcome) -> list[str]:
     bits = found.case.recipe.rules["linears"].weight
     assert bits is not None
-    base = demo.float_scores
-    others = "embeddings and head in 8 bits" if found.case.format == "gguf" else "embeddings and head left in float"
+    base, size = demo.float_scores, _float_bytes(demo)
+    rest = "embeddings and head get 8 bits" if found.case.format == "gguf" else "embeddings and head stay in float"
     change = 100 * (found.qat.perplexity / base.perplexity - 1)
-    return (
-        f"{found.case.name}: the recipe {found.case.recipe.name} gives every linear layer {bits.bits} bits in groups of "
-        f"{bits.group_size}, {others}; the bits are the recipe's choice because {_why(found)}. {found.coverage:.1f} % of "
-        f"the parameters lie on the grid, at {found.bits_per_weight:.2f} stored bits each, scales included. The file has "
-        f"{found.file_bytes:,} bytes, {100 * found.file_bytes / _float_bytes(demo):.0f} % of the float file's "
-        f"{_float_bytes(demo):,}. The price: perplexity {found.qat.perplexity:.2f} instead of {base.perplexity:.2f} "
-        f"({change:+.1f} %; rounding without training: {found.rtn.perplexity:.2f}), and on {100 - found.qat.top1:.1f} % of "
-        f"the positions another most likely token (rounding: {100 - found.rtn.top1:.1f} %). KL to float {found.qat.kl:.4f}, "
-        f"rounding {found.rtn.kl:.4f}."
-    )
+    return [
+        f"Bits: the recipe {found.case.recipe.name} gives every linear layer {bits.bits} bits in groups of "
+        f"{bits.group_size}, and {rest}; {_why(found)}. {found.coverage:.1f} % of the parameters lie on the grid, at "
+        f"{found.bits_per_weight:.2f} stored bits each.",
+        f"Bytes: the file has {found.file_bytes:,}, {100 * found.file_bytes / size:.0f} % of the {size:,} of the float "
+        f"file in 32 bits and {200 * found.file_bytes / size:.0f} % of one in 16.",
+        f"Price: perplexity {found.qat.perplexity:.2f} instead of {base.perplexity:.2f} ({change:+.2f} %; rounding alone "
+        f"{found.rtn.perplexity:.2f}); another most likely token at {100 - found.qat.top1:.1f} % of the positions "
+        f"(rounding alone {100 - found.rtn.top1:.1f} %); KL to float {found.qat.kl:.5f} nats (rounding alone "
+        f"{found.rtn.kl:.5f}).",
+    ]
 
 
 def _why(found: Outcome) -> str:
     if found.case.format == "gguf":
-        return "they are what llama.cpp's Q4_0 and Q8_0 blocks hold"
-    return "2 is the least that compressed-tensors packs without gaps and transformers reads"
+        return "chosen because they are what llama.cpp's Q4_0 and Q8_0 blocks hold"
+    return "chosen as the fewest that transformers reads packed through compressed-tensors"
+
+
+def _short(found: Outcome) -> str:
+    return found.case.name.partition(" (")[0]
 
 
 def _plots(demo: Demo) -> list[dict[str, Any]]:
-    four, two = demo.outcomes
-    layers = [name.removeprefix("model.layers.").replace("self_attn.", "").replace("mlp.", "") for name in four.errors["QAT"]]
+    names = [name.removeprefix("model.layers.") for name in demo.outcomes[0].errors["QAT"]]
+    layers = [name.replace("self_attn.", "").replace("mlp.", "") for name in names]
     sections: list[dict[str, Any]] = [
         {
             "kind": "lines",
@@ -237,7 +257,7 @@ def _plots(demo: Demo) -> list[dict[str, Any]]:
                 *[[found.case.name, found.curve.measured] for found in demo.outcomes],
                 ["float trained on", [point for point in demo.continued_curve.measured if point[1] > 0]],
             ],
-            "note": "Step 0 is rounding to nearest. The control drifts away from the float model; the quantized ones approach it.",
+            "note": "Step 0 is rounding to nearest. The control drifts away from float; the quantized ones approach it.",
         },
         {
             "kind": "bars",
@@ -248,7 +268,7 @@ def _plots(demo: Demo) -> list[dict[str, Any]]:
                 ["float", demo.float_scores.perplexity, f"{demo.float_scores.perplexity:.1f}"],
                 ["float trained on", demo.continued.perplexity, f"{demo.continued.perplexity:.1f}"],
                 *[
-                    [f"{found.case.name.partition(' (')[0]}\n{tool}", scores.perplexity, f"{scores.perplexity:.1f}"]
+                    [f"{_short(found)}\n{tool}", scores.perplexity, f"{scores.perplexity:.1f}"]
                     for found in demo.outcomes
                     for tool, scores in (("RTN", found.rtn), ("QAT", found.qat))
                 ],
@@ -256,39 +276,44 @@ def _plots(demo: Demo) -> list[dict[str, Any]]:
         },
     ]
     sizes = [["float\n32 bits", _float_bytes(demo)], ["float\n16 bits", _float_bytes(demo) // 2]]
-    sizes += [[f"{found.case.name.partition(' (')[0]}\nQAT", found.file_bytes] for found in demo.outcomes]
+    sizes += [[f"{_short(found)}\nQAT", found.file_bytes] for found in demo.outcomes]
     bars = [[name, size / 1e6, f"{size / 1e6:.2f} MB"] for name, size in sizes]
-    sections.append({"kind": "bars", "half": True, "title": "Size of the weights' file", "y": "megabytes", "bars": bars})
+    title = "Size of the weights' file"
+    sections.append({"kind": "bars", "half": True, "title": title, "y": "megabytes", "bars": bars})
     kl = [
-        [f"{found.case.name.partition(' (')[0]}\n{tool}", scores.kl, f"{scores.kl:.3g}"]
+        [f"{_short(found)}\n{tool}", scores.kl, f"{scores.kl:.3g}"]
         for found in demo.outcomes
         for tool, scores in (("RTN", found.rtn), ("QAT", found.qat))
     ]
-    sections.append({"kind": "bars", "half": True, "log": True, "title": "Distance from float", "y": "KL (nats)", "bars": kl})
+    title = "Distance from float"
+    sections.append({"kind": "bars", "half": True, "log": True, "title": title, "y": "KL (nats)", "bars": kl})
     for found in demo.outcomes:
         series = [[tool, list(errors.values())] for tool, errors in found.errors.items()]
         title = f"Error at the output of each layer, {found.case.name}"
-        note = "‖y − y_float‖ / ‖y_float‖ with everything before the layer quantized too."
-        sections.append({"kind": "layers", "title": title, "y": "relative error", "names": layers, "series": series, "note": note})
+        note = "|y - y_float| / |y_float| over held-out tokens, with everything before the layer quantized too."
+        section = {"kind": "layers", "title": title, "y": "relative error", "names": layers, "series": series}
+        sections.append({**section, "note": note})
     return sections
 
 
 def _completions(demo: Demo) -> dict[str, Any]:
     from qat.tasks.demo import PROMPTS
 
-    models = ["float, PyTorch", *[f"{found.case.name}, {found.case.reader} on the exported file" for found in demo.outcomes]]
+    models = ["float, PyTorch", *[f"{_short(found)}, exported file in {found.case.reader}" for found in demo.outcomes]]
     answers = zip(demo.float_texts, *[found.completions for found in demo.outcomes], strict=True)
     rows = [[prompt, list(texts)] for prompt, texts in zip(PROMPTS, answers, strict=True)]
-    note = "Greedy. A model this small, trained for a minute, writes code-shaped text; what matters is how alike the columns are."
-    return {"kind": "completions", "title": "The same beginnings, continued", "models": models, "rows": rows, "note": note}
+    note = "Greedy. A model this small writes code-shaped text at best; what matters is how alike the columns are."
+    title = "The same beginnings, continued"
+    return {"kind": "completions", "title": title, "models": models, "rows": rows, "note": note}
 
 
 def _exact(found: Outcome) -> dict[str, Any]:
-    rows = [[r.name, r.spec, "×".join(map(str, r.shape)), r.sha256[:12], f"{r.max_abs_diff:g}"] for r in found.checked]
+    rows = [[r.name, r.spec, "x".join(map(str, r.shape)), r.sha256[:12], f"{r.max_abs_diff:g}"] for r in found.checked]
+    worst = max(row.max_abs_diff for row in found.checked)
     return {
         "kind": "table",
         "title": f"Packed tensors, {found.case.name}",
-        "fold": f"{len(rows)} packed tensors, decoded by {found.checked[0].reader}: largest difference to the trained weight 0",
+        "fold": f"{len(rows)} tensors decoded by {found.checked[0].reader}: largest difference to the trained {worst:g}",
         "columns": ["tensor", "grid", "shape", "sha256 of the weight", "largest difference"],
         "rows": rows,
     }
@@ -300,4 +325,5 @@ def _about(demo: Demo, results: dict[str, Any]) -> dict[str, Any]:
     rows += [[name, str(value)] for name, value in environment["versions"].items()]
     rows += [[f"seconds: {name}", str(value)] for name, value in environment["seconds"].items()]
     rows += [[f"setting: {name}", str(value)] for name, value in environment["settings"].items()]
-    return {"kind": "table", "title": "Measured with", "fold": "environment, settings, times", "columns": ["", ""], "rows": rows}
+    fold = "environment, settings, times"
+    return {"kind": "table", "title": "Measured with", "fold": fold, "columns": ["", ""], "rows": rows}

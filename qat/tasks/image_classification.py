@@ -52,7 +52,9 @@ def build(train: Train) -> tuple[ImageClassification, Batches, None]:
     held_out = read_images(train, train.val_data, "train.val_data") if train.val_data else []
     classes = sorted({label for _, label in samples}, key=str)
     if len(classes) < 2:
-        raise QATError(f"train.data: all {len(samples)} images are of the class {classes[0]!r}; at least two are needed")
+        raise QATError(
+            f"train.data: all {len(samples)} images are of the class {classes[0]!r}; at least two are needed"
+        )
     unknown = sorted({label for _, label in held_out} - set(classes), key=str)
     if unknown:
         raise QATError(f"train.val_data has the class {unknown[0]!r}, which train.data does not have")
@@ -84,7 +86,9 @@ def build(train: Train) -> tuple[ImageClassification, Batches, None]:
 def load_processor(folder: str) -> Any:
     """The model's image processor. Raises QATError if its folder has none."""
     if not (Path(folder) / "preprocessor_config.json").is_file():
-        raise QATError(f"model folder {folder} holds no preprocessor_config.json; save_pretrained of its image processor writes it")
+        raise QATError(
+            f"model folder {folder} holds no preprocessor_config.json; save_pretrained of its image processor writes it"
+        )
     from transformers import AutoImageProcessor
 
     try:
@@ -102,7 +106,9 @@ def read_images(train: Train, paths: list[str], key: str) -> list[tuple[Any, Any
         if path.is_dir() and not any(file.suffix.lower() in TABLES for file in path.iterdir()):
             images = sorted(file for file in path.glob("*/*") if file.suffix.lower() in IMAGES)
             if not images:
-                raise QATError(f"{key}: {path} has no sub-folders with images ({', '.join(IMAGES)}), one for each class")
+                raise QATError(
+                    f"{key}: {path} has no sub-folders with images ({', '.join(IMAGES)}), one for each class"
+                )
             found += [(str(image), image.parent.name) for image in images]
         else:
             tables.append(entry)
@@ -126,7 +132,9 @@ def open_image(image: Any) -> Any:
         opened = source if isinstance(source, Image.Image) else Image.open(source)
         return opened.convert("RGB")
     except (UnidentifiedImageError, OSError, AttributeError, TypeError, ValueError) as problem:
-        raise QATError(f"train.data: {str(image)[:80]} is not an image that can be read: {_sentence(problem)}") from None
+        raise QATError(
+            f"train.data: {str(image)[:80]} is not an image that can be read: {_sentence(problem)}"
+        ) from None
 
 
 def _sentence(problem: Exception) -> str:

@@ -63,7 +63,7 @@ def evenly(blocks: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def output_errors(reference: nn.Module, other: nn.Module, names: list[str], batch: Tensor) -> dict[str, float]:
-    """Layer -> |y - y_reference| / |y_reference| of its outputs, both models fed with the same tokens from the start."""
+    """Layer -> |y - y_reference| / |y_reference| of its outputs; both models see the same tokens."""
     outputs: list[dict[str, Tensor]] = []
     for model in (reference, other):
         seen: dict[str, Tensor] = {}

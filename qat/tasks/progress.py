@@ -27,7 +27,9 @@ class StageBar(L.Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
         loss = float(outputs["loss"])
-        self.progress.update(self.line, completed=trainer.global_step, note=f"{trainer.global_step}/{trainer.max_steps}, loss {loss:.4g}")
+        self.progress.update(
+            self.line, completed=trainer.global_step, note=f"{trainer.global_step}/{trainer.max_steps}, loss {loss:.4g}"
+        )
 
 
 class Curve(L.Callback):  # type: ignore[misc]

@@ -58,7 +58,8 @@ def read_corpus(root: str | Path | None = None, limit: int | None = None) -> Cor
         if limit and total >= limit:
             break
     if total < min(_SMALLEST, limit or _SMALLEST) or not all(split.values()):
-        raise QATError(f"{folder} holds {total:,} bytes of Python source text, too little to train on; use a Python with its sources")
+        found = f"{folder} holds {total:,} bytes of Python source text"
+        raise QATError(f"{found}, too little to train on; use a Python with its sources")
     return Corpus(split[False], split[True], digest.hexdigest(), total, files)
 
 

@@ -7,12 +7,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import qat
 from qat.callbacks import DistillationCallback, ExportCallback, QATCallback, QuantizationMonitor
 from qat.errors import QATError
 from qat.export import get_format
+from qat.recipes import to_dict
 from qat.recipes.schema import Recipe, Train
 from qat.report import write_report
+from qat.state import find_record, structure
 from qat.tasks import TASKS, causal_lm, image_classification, sentence_embedding
 from qat.tasks.flavour import lightning
 from qat.tasks.progress import Curve
@@ -42,6 +46,8 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> dict[str, Any]:
     if dry_run:
         return rehearsal(recipe, module, tokenizer)
     out = Path(recipe.train.out or f"runs/{recipe.name}")
+    if recipe.train.resume:
+        check_resume(recipe)
     lightning().seed_everything(recipe.train.seed, workers=True, verbose=False)
     curve = Curve()
     watch = QATCallback(recipe)
@@ -70,6 +76,29 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> dict[str, Any]:
     return results
 
 
+def check_resume(recipe: Recipe) -> None:
+    """Raises QATError unless `train.resume` is a checkpoint of a run with this recipe's rules and phases."""
+    path = Path(recipe.train.resume or "")
+    if not path.exists():
+        raise QATError(f"train.resume: there is no checkpoint {path}")
+    if path.is_dir():
+        # shards of a distributed run; the strategy that wrote them reads them
+        return
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        entries = dict(loaded["state_dict"])
+    except Exception as problem:
+        why = str(problem).partition("\n")[0].partition(". ")[0] or type(problem).__name__
+        raise QATError(f"train.resume: {path} is not a checkpoint of a run: {why}") from None
+    if "optimizer_states" not in loaded:
+        raise QATError(f"train.resume: {path} holds weights alone, no optimizer to go on with; give a run's checkpoint")
+    _, record = find_record(entries)
+    if structure(record.recipe) != structure(to_dict(recipe)):
+        raise QATError(
+            f"train.resume: {path} was trained with other rules or phases than this recipe; resume with its own recipe"
+        )
+
+
 def rehearsal(recipe: Recipe, module: Any, tokenizer: Any) -> dict[str, Any]:
     """Plan, and export into a temporary folder, of the model as it is."""
     plan = qat.prepare(module, recipe)
@@ -82,8 +111,6 @@ def rehearsal(recipe: Recipe, module: Any, tokenizer: Any) -> dict[str, Any]:
 def make_trainer(train: Train, out: Path, callbacks: list[Any]) -> Any:
     """The Trainer of a recipe's `train`, with a progress bar and the last checkpoint in `out/checkpoints`."""
     L = lightning()
-    if train.resume and not Path(train.resume).is_file():
-        raise QATError(f"train.resume: there is no checkpoint {train.resume}")
     bars = import_from(L, "callbacks")
     checkpoint = bars.ModelCheckpoint(out / "checkpoints", filename="{step}", save_last=True)
     devices: Any = train.devices
@@ -177,7 +204,9 @@ def save(recipe: Recipe, results: dict[str, Any], curve: Curve, exporter: Any, w
             }
         )
     if watch.plan is not None:
-        plan = [[row.name, row.type, str(row.rule), str(row.weight), str(row.input or "float")] for row in watch.plan.rows]
+        plan = [
+            [row.name, row.type, str(row.rule), str(row.weight), str(row.input or "float")] for row in watch.plan.rows
+        ]
         columns = ["layer", "type", "rule", "weight", "input"]
         sections.append({"kind": "table", "title": "Plan", "fold": "every layer", "columns": columns, "rows": plan})
     lead = f"{recipe.description or recipe.name}: {recipe.train.task} from {recipe.train.model}, {recipe.train.max_steps} steps."

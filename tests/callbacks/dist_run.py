@@ -1,6 +1,6 @@
-"""Run by test_distributed.py in two processes: `torchrun --nproc-per-node 2 dist_run.py CASE FOLDER`.
+"""Run by test_distributed.py in two processes: `torchrun --nproc-per-node 2 dist_run.py FOLDER CASE ...`.
 
-Each case writes what rank 0 found to FOLDER/CASE.json; an assertion that fails ends the run with an error.
+Each case writes what rank 0 found to FOLDER/<case>.json; an assertion that fails ends the run with an error.
 """
 
 import json
@@ -12,12 +12,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 warnings.filterwarnings("ignore")
-logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+logging.disable(logging.WARNING)
 
 import pytorch_lightning as pl  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from lit_small import Lit, data, delayed, recipe, trainer  # noqa: E402
+from lit_small import Lit, Net, data, delayed, recipe, trainer  # noqa: E402
 from pytorch_lightning.strategies import ModelParallelStrategy  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -27,7 +27,7 @@ from qat.prepare import full  # noqa: E402
 from qat.state import require_state  # noqa: E402
 
 torch.set_num_threads(1)
-CASE, FOLDER = sys.argv[1], Path(sys.argv[2])
+FOLDER, CASES = Path(sys.argv[1]), sys.argv[2:]
 EMA_INPUT = {"bits": 8, "granularity": "tensor", "quantizer": "ema", "zero_point": "int"}
 STEPS = 6
 
@@ -61,12 +61,12 @@ class ShardedInside(Sharded):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ready, self.net = self.net, None
+        self.net = None
 
     def configure_model(self) -> None:
         if self.net is None:
-            self.net = self.ready
-            del self.ready
+            torch.manual_seed(0)
+            self.net = Net()
             if self.prepared_by_user:
                 qat.prepare(self, RECIPE)
         super().configure_model()
@@ -97,9 +97,9 @@ def mean_losses(module: Lit) -> list[float]:
     return (joint / 2).tolist()
 
 
-def done(**found: Any) -> None:
+def done(case: str, **found: Any) -> None:
     if dist.get_rank() == 0:
-        (FOLDER / f"{CASE}.json").write_text(json.dumps(found))
+        (FOLDER / f"{case}.json").write_text(json.dumps(found))
     dist.barrier()
 
 
@@ -125,7 +125,7 @@ def ddp() -> None:
     t = fit(module, "ddp")  # default flags: an unused parameter would be an error
     same_on_all_ranks(module)
     t.save_checkpoint(FOLDER / "ddp.ckpt")
-    done(losses=mean_losses(module), tensors=saved_equals_trained(module, FOLDER / "ddp.ckpt"))
+    done("ddp", losses=mean_losses(module), tensors=saved_equals_trained(module, FOLDER / "ddp.ckpt"))
 
 
 def parallel(whole_file: bool) -> ModelParallelStrategy:
@@ -140,7 +140,10 @@ def fsdp2() -> None:
     assert all(hasattr(p, "placements") for p in module.net.parameters())
     same_on_all_ranks(module)
     t.save_checkpoint(FOLDER / "fsdp2.ckpt")
-    done(losses=mean_losses(module), tensors=saved_equals_trained(module, FOLDER / "fsdp2.ckpt"))
+    resumed = Sharded()
+    fit(resumed, parallel(whole_file=True), steps=STEPS + 1, ckpt=FOLDER / "fsdp2.ckpt")
+    assert require_state(resumed).record.step == STEPS + 1
+    done("fsdp2", losses=mean_losses(module), tensors=saved_equals_trained(module, FOLDER / "fsdp2.ckpt"))
 
 
 def fsdp2_resume() -> None:
@@ -158,7 +161,7 @@ def fsdp2_resume() -> None:
     assert require_state(resumed).record == require_state(whole).record
     for (name, a), b in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
         assert torch.equal(full(a), full(b)), name
-    done(losses=mean_losses(whole))
+    done("fsdp2_resume", losses=mean_losses(whole))
 
 
 def fsdp2_inside() -> None:
@@ -172,7 +175,8 @@ def fsdp2_inside() -> None:
     module.prepared_by_user = True
     fit(module, parallel(whole_file=True))
     same_on_all_ranks(module)
-    done(said=said, losses=mean_losses(module))
+    done("fsdp2_inside", said=said, losses=mean_losses(module))
 
 
-{"ddp": ddp, "fsdp2": fsdp2, "fsdp2_resume": fsdp2_resume, "fsdp2_inside": fsdp2_inside}[CASE]()
+for case in CASES:
+    {"ddp": ddp, "fsdp2": fsdp2, "fsdp2_resume": fsdp2_resume, "fsdp2_inside": fsdp2_inside}[case]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import listing
 
 from qat import __version__
 from qat.cli import main
@@ -112,7 +114,6 @@ def test_export_overwrites_only_when_told(
 
 def test_the_trained_dtype_wins_over_that_of_the_model_folder(checkpoint: Path, llama: Path, tmp_path: Path) -> None:
     """A float32 run of a bfloat16 model: copying the checkpoint into bfloat16 would round what was trained."""
-    import json
     import shutil
 
     import torch
@@ -134,11 +135,64 @@ def test_the_trained_dtype_wins_over_that_of_the_model_folder(checkpoint: Path, 
         assert torch.equal(bundle.floats[name], value)
 
 
+@pytest.fixture
+def run(tmp_path: Path, llama: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A `qat train` command in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.txt").write_text("the grid you deploy on is the grid you train on. " * 100)
+    return ["train", str(recipe_file), f"train.model={llama}", "train.data=[data.txt]", "train.out=out"]
+
+
+def test_train_dry_run_writes_nothing(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = listing(tmp_path)
+    assert main([*run, "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert listing(tmp_path) == before
+    assert "int4 g32" in shown.out and "export rehearsed and read back: gguf" in shown.out
+    assert shown.err == ""
+
+
+def test_train_then_resume_export_and_report(
+    run: list[str], tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(run) == 0
+    out = tmp_path / "out"
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "val/loss" in shown.out and str(Path("out") / "export") in shown.out
+    assert {row["metric"] for row in json.loads((out / "results.json").read_text())["rows"]} >= {"val/loss", "bytes"}
+    assert main(["verify", str(out / "export")]) == 0
+
+    last = out / "checkpoints" / "last.ckpt"
+    assert main(["export", str(last), "--model", str(llama), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "model.gguf").read_bytes() == (out / "export" / "model.gguf").read_bytes()
+
+    page = (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.html").read_text() == page
+
+    assert main([*run, "train.out=next", f"train.resume={last}", "train.max_steps=3"]) == 0
+    assert main(["verify", "next/export"]) == 0
+    receipt = json.loads((tmp_path / "next" / "export" / "qat_receipt.json").read_text())
+    assert receipt["step"] == 3
+
+
 def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qat.recipes.preset_names", stop)
+    assert main(["recipes"]) == 130
+    assert capsys.readouterr().err == "qat: interrupted\n"
+
+    def stop_as_the_trainer_does(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setattr("qat.recipes.preset_names", stop_as_the_trainer_does)
     assert main(["recipes"]) == 130
     assert capsys.readouterr().err == "qat: interrupted\n"
 

@@ -40,7 +40,7 @@ def make_llama(folder: Path, vocab: int, **changes: object) -> None:
     settings = {
         "vocab_size": vocab,
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -12,7 +12,10 @@ import qat
 from qat.recipes import from_dict
 
 GROUPS_OF_32 = {"granularity": "group", "group_size": 32, "quantizer": "absmax"}
-CORPUS = ["def f(x, y):\n    return x + y  # it's the sum\n\n" * 4, "for i in range(10):\n\tprint(i, 'and', 1234)\n" * 4]
+CORPUS = [
+    "def f(x, y):\n    return x + y  # it's the sum\n\n" * 4,
+    "for i in range(10):\n\tprint(i, 'and', 1234)\n" * 4,
+]
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +67,7 @@ def make_model() -> Callable[..., Any]:
 
 @pytest.fixture
 def quantize() -> Callable[..., qat.Bundle]:
-    """Prepare a model in place: `weight` for the layers of `types`, more rules by name; `seen`: one training forward."""
+    """`weight` for the layers of `types`, more rules by name; `seen` goes through one training forward."""
 
     def make(
         model: torch.nn.Module,

@@ -79,7 +79,7 @@ def test_wrong_arguments(bundle: qat.Bundle, tmp_path: Path) -> None:
         export(bundle, tmp_path / "out", "gguf", weights="first")
     with pytest.raises(QATError, match="not prepared"):
         export(torch.nn.Linear(2, 2), tmp_path / "out", "gguf")
-    with pytest.raises(ExportError, match="gguf cannot hold this model: llama.cpp needs the tokenizer"):
+    with pytest.raises(ExportError, match=r"gguf cannot hold this model: llama\.cpp needs the tokenizer"):
         export(bundle, tmp_path / "out", "gguf")
 
 

@@ -76,7 +76,7 @@ def test_all_formats_are_found() -> None:
 
 
 def test_an_unknown_format_lists_the_known() -> None:
-    with pytest.raises(QATError, match="format='ggml' is unknown; use one of .*compressed-tensors.*gguf"):
+    with pytest.raises(QATError, match=r"format='ggml' is unknown; use one of .*compressed-tensors.*gguf"):
         get_format("ggml")
 
 

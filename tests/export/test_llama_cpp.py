@@ -42,7 +42,8 @@ def test_log_probs_of_every_position(file: Path, bundle: qat.Bundle) -> None:
 
 def test_generates_as_transformers_does(file: Path, bundle: qat.Bundle) -> None:
     prompt = [5, 100, 7, 200]
-    ours = bundle.module.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False, eos_token_id=1, pad_token_id=1)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": 1, "pad_token_id": 1}
+    ours = bundle.module.generate(torch.tensor([prompt]), **settings)
     with LlamaCpp(file, context=64) as llama:
         theirs = llama.generate(prompt, 4)
     # the first token at least: later ones may part ways where two logits are close
@@ -65,7 +66,7 @@ def test_refusals(file: Path, tmp_path: Path) -> None:
         LlamaCpp(tmp_path / "none.gguf")
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(file.read_bytes()[:2000])
-    with pytest.raises(ExportError, match="llama.cpp does not load"):
+    with pytest.raises(ExportError, match=r"llama\.cpp does not load"):
         LlamaCpp(broken)
     with LlamaCpp(file, context=32) as llama:
         with pytest.raises(ExportError, match="33 tokens does not fit the context of 32"):

@@ -91,7 +91,15 @@ def test_floats_keep_their_dtype(
     assert rows["model.norm.weight"].spec == "float"
 
 
-def test_the_tied_head_is_written_once(bundle: qat.Bundle, tokenizer: Any, tmp_path: Path) -> None:
+# Turned red by listing a float parameter under each of its names.
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_tied_head_is_written_once(
+    quantized: bool, make_model: Any, quantize: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = make_model(tie_word_embeddings=True)
+    types = ("Linear", "Embedding") if quantized else ("Linear",)
+    rules = {} if quantized else {"head": {"match": ["lm_head"], "keep_float": True}}
+    bundle = quantize(model, {"bits": 4}, types, **rules)
     export(bundle, tmp_path / "out", "gguf", tokenizer=tokenizer)
     names = [t.name for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors]
     assert "output.weight" not in names and len(names) == len(set(names)) == 20
@@ -124,7 +132,7 @@ def test_a_packer_that_changes_a_weight_is_caught(
     [
         ("Mistral", {"head_dim": 16, "sliding_window": 16}, "sliding_window=16"),
         ("Llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
+        ("Llama", {"rope_parameters": {**LLAMA3, "rope_type": "dynamic"}}, "rope type 'dynamic'"),
         ("Gemma", {"head_dim": 16, "tie_word_embeddings": False}, "not for gemma; use compressed-tensors"),
     ],
 )
