@@ -9,11 +9,10 @@ import argparse
 
 import lightning as L
 import torch
+from qat.callbacks import QATCallback
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from qat.callbacks import QATCallback
 
 
 class Digits(L.LightningModule):
@@ -49,6 +48,7 @@ def main() -> None:
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
+        enable_model_summary=False,
         callbacks=[QATCallback("w8a8")],
     )
     model = Digits()

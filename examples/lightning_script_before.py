@@ -47,6 +47,7 @@ def main() -> None:
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
+        enable_model_summary=False,
     )
     model = Digits()
     trainer.fit(model, DataLoader(train, batch_size=32, shuffle=True))

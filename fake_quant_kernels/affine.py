@@ -106,7 +106,8 @@ class _FakeQuantize(torch.autograd.Function):
         dw = grad if identity else (blocks * inside).reshape(w.shape)
         dscale = dzero = dminimum = None
         if ctx.needs_input_grad[1]:
-            dscale = reduced(blocks * (_rounded(value, low, high) - value * inside))
+            # not `value * inside`: a value beyond fp32 is infinite, and infinity times 0 is NaN
+            dscale = reduced(blocks * (_rounded(value, low, high) - value.masked_fill(~inside, 0.0)))
         if zero is not None and ctx.needs_input_grad[2]:
             dzero = -reduced(blocks * ~inside) * scale
         if minimum is not None and ctx.needs_input_grad[3]:

@@ -105,8 +105,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         touched = {self._owner(leaf) for leaf in tree_leaves((args, kwargs))} - {None}
         # a view or an in-place result hands the weight on; only an op with a fresh result has used it
         passed_on = {self._owner(leaf) for leaf in tree_leaves(out)}
-        for name in touched - passed_on:
-            self.found.setdefault(str(name), str(func))
+        for name in sorted(str(name) for name in touched - passed_on):
+            self.found.setdefault(name, str(func))
         return out
 
     def _owner(self, leaf: Any) -> str | None:

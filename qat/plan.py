@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 from qat.errors import QATError
 from qat.layers import TYPES, layer_type, listed_name, original_class
@@ -194,7 +195,7 @@ def _numbers(module: nn.Module) -> int:
 
 def _has_matrix(module: nn.Module) -> bool:
     """Whether a module of another class keeps weights of its own (LSTM, MultiheadAttention, bare parameters)."""
-    return not isinstance(module, Quantizer) and any(
+    return not isinstance(module, Quantizer | ParametrizationList) and any(
         _is_plain(p) and p.dim() > 1  # type: ignore[union-attr]
         for p in module._parameters.values()
     )
@@ -282,7 +283,7 @@ def _totals(model: nn.Module, recipe: Recipe, rows: list[PlanRow], left: list[Pl
         counted |= {id(p) for p in fresh}
         kept.append(replace(row, params=sum(p.numel() for p in fresh if p is not None)))
     quantized = {id(model.get_submodule(row.name)._parameters[key]) for row in rows if row.weight for key in row.kinds}
-    everything = [p for p in model.parameters() if id(p) not in own]
+    everything = [p for p in model.parameters() if id(p) not in own and _is_plain(p)]
     rest = sum(p.numel() * p.element_size() for p in everything if id(p) not in quantized)
     return Plan(recipe.name, kept, left, sum(p.numel() for p in everything), rest)
 

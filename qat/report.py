@@ -84,7 +84,7 @@ def _plot(section: dict[str, Any], index: int) -> str | None:
         from matplotlib.figure import Figure
     except ImportError:
         raise QATError('the report needs jinja2 and matplotlib; pip install "lightning-qat[report]"') from None
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": f"qat{index}",
         "font.family": "sans-serif",

@@ -9,6 +9,19 @@ settings.register_profile("qat", deadline=None, derandomize=True, print_blob=Tru
 settings.load_profile("qat")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests counted (`record_property("cases", ...)`), also when they ran in several processes."""
+    counted = [
+        f"{report.nodeid}: {value}"
+        for report in terminalreporter.stats.get("passed", [])
+        for key, value in report.user_properties
+        if key == "cases"
+    ]
+    if counted:
+        terminalreporter.section("cases")
+        terminalreporter.write_line("\n".join(sorted(counted)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

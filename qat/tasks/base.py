@@ -18,13 +18,14 @@ from qat.recipes.schema import Train
 from qat.tasks.flavour import lightning
 
 log = logging.getLogger(__name__)
-L = lightning()
+_Module: Any = lightning().LightningModule
+_DataModule: Any = lightning().LightningDataModule
 
 TEXT = {".txt": "text", ".md": "text", ".rst": "text", ".py": "text"}
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-class Task(L.LightningModule):  # type: ignore[misc]
+class Task(_Module):  # type: ignore[misc]
     """A model, its loss and AdamW with a warm-up and a cosine or constant schedule; a subclass writes `loss(batch)`."""
 
     def __init__(self, model: nn.Module, train: Train) -> None:
@@ -197,7 +198,35 @@ def split(items: list[Any], fraction: float, seed: int) -> tuple[list[Any], list
     return [x for i, x in enumerate(items) if i not in chosen], [x for i, x in enumerate(items) if i in chosen]
 
 
-class Batches(L.LightningDataModule):  # type: ignore[misc]
+class Loader(torch.utils.data.DataLoader[Any]):
+    """A loader that goes on in the middle of an epoch: Lightning keeps its `state_dict` in the checkpoint.
+
+    Every epoch shuffles with the generator's first seed plus the number of the epoch.
+    """
+
+    epoch = done = skip = 0
+
+    def __iter__(self) -> Any:
+        if self.generator is not None:
+            self.generator.manual_seed(self.generator.initial_seed() - self._shift + self.epoch)
+            self._shift = self.epoch
+        skip, self.skip = self.skip, 0
+        for index, batch in enumerate(super().__iter__()):
+            self.done = index + 1
+            if index >= skip:
+                yield batch
+        self.epoch, self.done = self.epoch + 1, 0
+
+    _shift = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.skip = state["epoch"], state["done"]
+
+
+class Batches(_DataModule):  # type: ignore[misc]
     """Training and validation data sets with one collate function; training order depends on the seed alone."""
 
     def __init__(self, train: Any, val: Any, options: Train, collate: Any = None) -> None:
@@ -206,7 +235,7 @@ class Batches(L.LightningDataModule):  # type: ignore[misc]
 
     def _loader(self, data: Any, shuffle: bool) -> Any:
         options = self.options
-        return torch.utils.data.DataLoader(
+        return Loader(
             data,
             options.batch_size,
             shuffle=shuffle,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import QATError
-from qat.hf import load_model, load_tokenizer
+from qat.hf import load_model, load_tokenizer, read_config
 from qat.recipes.schema import Train
 from qat.tasks.base import Batches, Task, need_model, read_records, split, value_of
 
@@ -37,15 +37,18 @@ class CausalLM(Task):
 def build(train: Train) -> tuple[CausalLM, Batches, Any]:
     """(module, data, tokenizer) from a recipe's `train`. Raises QATError for a model or data that cannot be used."""
     folder = need_model(train)
+    read_config(folder)
     tokenizer = load_tokenizer(train.tokenizer or folder)
     data = make_data(train, tokenizer)
     model = load_model(folder, auto="AutoModelForCausalLM", dtype=torch.float32)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    config: Any = model.config
+    limit = getattr(config, "max_position_embeddings", None)
     if limit and train.seq_len > limit:
         raise QATError(f"train.seq_len={train.seq_len} is longer than the {limit} positions of the model in {folder}")
     largest = max(max(sample["input_ids"]) for sample in (*data.train, *data.val))
-    if largest >= model.config.vocab_size:
-        raise QATError(f"the tokenizer gives token {largest}, the model in {folder} has {model.config.vocab_size}")
+    size: int = config.vocab_size
+    if largest >= size:
+        raise QATError(f"the tokenizer gives token {largest}, the model in {folder} has {size}")
     return CausalLM(model.train(), train), data, tokenizer
 
 

@@ -105,8 +105,9 @@ def cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 _SHOWN = {KL: "KL", PERPLEXITY: "ppl", TOP1: "top-1", BITS: "bits", BYTES: "bytes", READ_KL: "KL read"}
 _FORMATS = {KL: "{:.5f}", PERPLEXITY: "{:.2f}", TOP1: "{:.1f} %", BITS: "{:.2f}", BYTES: "{:,.0f}", READ_KL: "{:.1e}"}
 _LEGEND = (
-    "KL: KL(float || model) in nats per token; ppl: perplexity; top-1: same most likely token as float; bits: stored bits of a quantized "
-    "weight, scales included; KL read: KL(trained model in PyTorch || exported file in the program that reads it)"
+    "KL: KL(float || model) in nats per token; ppl: perplexity; top-1: same most likely token as float; bits: stored "
+    "bits of a quantized weight, scales included; KL read: KL(trained model in PyTorch || exported file in the program "
+    "that reads it)"
 )
 
 
@@ -119,7 +120,9 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     # On the screen case and weights share a column: eighty characters are enough.
     lines = [[f"{row[0].partition(' (')[0]}  {row[1]}", *row[2:]] for row in rows]
     title = f"\n{results['environment']['held-out tokens']:,} held-out tokens"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for column in ["", *columns[2:]]:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for line in lines:
@@ -186,13 +189,14 @@ def _share(found: Outcome) -> str:
 
 def _table_note(demo: Demo) -> str:
     return (
-        "KL is the mean over held-out positions of KL(float || model) in nats; top-1 the share of positions with the same "
-        "most likely token as float; bits the stored bits of a quantized weight, scales included. “Float trained on” is "
-        f"the control: the float model after as many further steps ({demo.settings.extra_steps}) on the same batches in "
-        "the same order. RTN rounds to the nearest code on the same grid, with scales searched for least squared error "
-        "and no training. “KL read” is KL(trained model in PyTorch || exported file in the program that reads it): "
-        "llama.cpp computes with 8-bit activations, and the last line shows what that alone does: the float model's "
-        "Q8_0 file in llama.cpp against PyTorch on the same 8-bit weights."
+        "KL is the mean over held-out positions of KL(float || model) in nats; ppl is perplexity; top-1 the share of "
+        "positions with the same most likely token as float; bits the stored bits of a quantized weight, scales "
+        "included. “Float trained on” is the control: the float model after as many further steps "
+        f"({demo.settings.extra_steps}) on the same batches in the same order. RTN rounds to the nearest code on the "
+        "same grid, with scales searched for least squared error and no training. “KL read” is KL(trained model in "
+        "PyTorch || exported file in the program that reads it): llama.cpp computes with 8-bit activations, and the "
+        "last line shows what that alone does: the float model's Q8_0 file in llama.cpp against PyTorch on the same "
+        "8-bit weights."
     )
 
 
@@ -204,12 +208,13 @@ def _words(demo: Demo, found: Outcome) -> list[str]:
     change = 100 * (found.qat.perplexity / base.perplexity - 1)
     return [
         f"Bits: the recipe {found.case.recipe.name} gives every linear layer {bits.bits} bits in groups of "
-        f"{bits.group_size}, and {rest}; {_why(found)}. {found.coverage:.1f} % of the parameters lie on the grid, at "
-        f"{found.bits_per_weight:.2f} stored bits each.",
+        f"{bits.group_size}, and {rest}; {_why(found)}. {found.coverage:.1f} % of the parameters lie on the grid, "
+        f"at {found.bits_per_weight:.2f} stored bits each.",
         f"Bytes: the file has {found.file_bytes:,}, {100 * found.file_bytes / size:.0f} % of the {size:,} of the float "
-        f"file in 32 bits and {200 * found.file_bytes / size:.0f} % of one in 16.",
-        f"Price: perplexity {found.qat.perplexity:.2f} instead of {base.perplexity:.2f} ({change:+.2f} %; rounding alone "
-        f"{found.rtn.perplexity:.2f}); another most likely token at {100 - found.qat.top1:.1f} % of the positions "
+        f"file in 32 bits and {200 * found.file_bytes / size:.0f} % of one in 16. {found.float_bytes:,} of them are "
+        "parameters that the recipe leaves in float, as wide as they were trained.",
+        f"Price: perplexity {found.qat.perplexity:.2f} instead of {base.perplexity:.2f} ({change:+.2f} %; rounding "
+        f"alone {found.rtn.perplexity:.2f}); another most likely token at {100 - found.qat.top1:.1f} % of the positions "
         f"(rounding alone {100 - found.rtn.top1:.1f} %); KL to float {found.qat.kl:.5f} nats (rounding alone "
         f"{found.rtn.kl:.5f}).",
     ]
@@ -257,7 +262,7 @@ def _plots(demo: Demo) -> list[dict[str, Any]]:
                 *[[found.case.name, found.curve.measured] for found in demo.outcomes],
                 ["float trained on", [point for point in demo.continued_curve.measured if point[1] > 0]],
             ],
-            "note": "Step 0 is rounding to nearest. The control drifts away from float; the quantized ones approach it.",
+            "note": "Step 0 is rounding to nearest. The control drifts away from float; QAT approaches it.",
         },
         {
             "kind": "bars",
@@ -275,9 +280,9 @@ def _plots(demo: Demo) -> list[dict[str, Any]]:
             ],
         },
     ]
-    sizes = [["float\n32 bits", _float_bytes(demo)], ["float\n16 bits", _float_bytes(demo) // 2]]
-    sizes += [[f"{_short(found)}\nQAT", found.file_bytes] for found in demo.outcomes]
-    bars = [[name, size / 1e6, f"{size / 1e6:.2f} MB"] for name, size in sizes]
+    sizes = {"float\n32 bits": _float_bytes(demo), "float\n16 bits": _float_bytes(demo) // 2}
+    sizes.update({f"{_short(found)}\nQAT": found.file_bytes for found in demo.outcomes})
+    bars = [[name, size / 1e6, f"{size / 1e6:.2f} MB"] for name, size in sizes.items()]
     title = "Size of the weights' file"
     sections.append({"kind": "bars", "half": True, "title": title, "y": "megabytes", "bars": bars})
     kl = [
@@ -313,7 +318,7 @@ def _exact(found: Outcome) -> dict[str, Any]:
     return {
         "kind": "table",
         "title": f"Packed tensors, {found.case.name}",
-        "fold": f"{len(rows)} tensors decoded by {found.checked[0].reader}: largest difference to the trained {worst:g}",
+        "fold": f"{len(rows)} tensors decoded by {found.checked[0].reader}: largest difference {worst:g}",
         "columns": ["tensor", "grid", "shape", "sha256 of the weight", "largest difference"],
         "rows": rows,
     }

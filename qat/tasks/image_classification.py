@@ -26,7 +26,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".p
 
 
 class ImageClassification(Task):
-    """Cross entropy. Batch: (images [B, C, H, W], labels [B] int64); the model gives logits [B, classes] or `.logits`."""
+    """Cross entropy. Batch: (images [B, C, H, W], labels [B] int64); the model gives logits [B, classes]."""
 
     def __init__(self, model: nn.Module, train: Train) -> None:
         super().__init__(model, train)

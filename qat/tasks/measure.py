@@ -35,7 +35,7 @@ def log_probs(model: nn.Module, blocks: Tensor) -> Iterator[Tensor]:
     training = model.training
     model.eval()
     try:
-        for batch in blocks.split(_BATCH):
+        for batch in torch.split(blocks, _BATCH):
             yield from model(batch).logits.float().log_softmax(-1)
     finally:
         model.train(training)

@@ -12,10 +12,10 @@ from torch import nn
 
 from qat.tasks.flavour import lightning
 
-L = lightning()
+_Callback: Any = lightning().Callback
 
 
-class StageBar(L.Callback):  # type: ignore[misc]
+class StageBar(_Callback):  # type: ignore[misc]
     """One line of a `rich.progress.Progress` for one fit."""
 
     def __init__(self, progress: Any, title: str) -> None:
@@ -32,7 +32,7 @@ class StageBar(L.Callback):  # type: ignore[misc]
         )
 
 
-class Curve(L.Callback):  # type: ignore[misc]
+class Curve(_Callback):  # type: ignore[misc]
     """Training loss of every step, and `measure(model)` every `every` steps and at the end."""
 
     def __init__(self, measure: Callable[[nn.Module], float] | None = None, every: int = 25) -> None:

@@ -3,7 +3,7 @@
     embedding   mean over the tokens of the last hidden states, normalised: what sentence-transformers serves
     loss        mean of 1 - cos(embedding, float embedding), plus the mean squared difference of hidden states
 
-The task's own loss is the distillation, so `distill.enabled` adds no second one; `distill.teacher` names another teacher.
+The task's own loss is the distillation: `distill.enabled` adds no second one, `distill.teacher` names another teacher.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import QATError
-from qat.hf import load_model, load_tokenizer
+from qat.hf import load_model, load_tokenizer, read_config
 from qat.recipes.schema import Train
 from qat.tasks.base import Batches, Task, need_model, read_records, split, value_of
 
@@ -61,6 +61,7 @@ def embed(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[
 def build(train: Train, teacher: str | None = None) -> tuple[SentenceEmbedding, Batches, Any]:
     """(module, data, tokenizer) from a recipe's `train`. Raises QATError for a model or data that cannot be used."""
     folder = need_model(train)
+    read_config(folder)
     tokenizer = load_tokenizer(train.tokenizer or folder)
     sentences = read_sentences(train, train.data, "train.data")
     if train.val_data:
@@ -85,7 +86,7 @@ def build(train: Train, teacher: str | None = None) -> tuple[SentenceEmbedding, 
 
 
 def read_sentences(train: Train, paths: list[str], key: str) -> list[str]:
-    """One sentence for each line of a text file, or for each record of jsonl and parquet files; empty ones are dropped."""
+    """One sentence for each line of text files and for each record of jsonl and parquet files; empty ones go."""
     texts: list[str] = []
     for record in read_records(paths, key):
         value = value_of(record, "text" if record.keys() == {"text"} else train.text_key, "train.text_key", str)

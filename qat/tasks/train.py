@@ -12,7 +12,6 @@ import torch
 import qat
 from qat.callbacks import DistillationCallback, ExportCallback, QATCallback, QuantizationMonitor
 from qat.errors import QATError
-from qat.export import get_format
 from qat.recipes import to_dict
 from qat.recipes.schema import Recipe, Train
 from qat.report import write_report
@@ -102,9 +101,8 @@ def check_resume(recipe: Recipe) -> None:
 def rehearsal(recipe: Recipe, module: Any, tokenizer: Any) -> dict[str, Any]:
     """Plan, and export into a temporary folder, of the model as it is."""
     plan = qat.prepare(module, recipe)
-    bundle = qat.convert(module)
     for target in recipe.export.targets:
-        qat.rehearse_export(bundle, target, tokenizer)
+        qat.rehearse_export(qat.convert(module, require_final=False), target, tokenizer)
     return {"plan": plan.render(), "metrics": {}, "exports": {}, "out": ""}
 
 
@@ -175,7 +173,14 @@ def folders(base: Path, exporter: Any) -> dict[str, str]:
 def save(recipe: Recipe, results: dict[str, Any], curve: Curve, exporter: Any, watch: Any, out: Path) -> None:
     """results.json and the report."""
     rows = [
-        {"suite": "train", "case": recipe.name, "tool": "qat", "metric": name, "value": value, "better": "lower"}
+        {
+            "suite": "train",
+            "case": recipe.name,
+            "tool": "qat",
+            "metric": name,
+            "value": value,
+            "better": "higher" if name.endswith(("accuracy", "cosine")) else "lower",
+        }
         for name, value in results["metrics"].items()
     ]
     receipts = {} if exporter is None else exporter.receipts
@@ -209,5 +214,6 @@ def save(recipe: Recipe, results: dict[str, Any], curve: Curve, exporter: Any, w
         ]
         columns = ["layer", "type", "rule", "weight", "input"]
         sections.append({"kind": "table", "title": "Plan", "fold": "every layer", "columns": columns, "rows": plan})
-    lead = f"{recipe.description or recipe.name}: {recipe.train.task} from {recipe.train.model}, {recipe.train.max_steps} steps."
+    what = f"{recipe.train.task} from {recipe.train.model}, {recipe.train.max_steps} steps"
+    lead = f"{recipe.description or recipe.name}: {what}."
     write_report({"title": f"Run {recipe.name}", "lead": lead, "sections": sections}, out)

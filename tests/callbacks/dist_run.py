@@ -76,7 +76,9 @@ RECIPE = recipe(input=EMA_INPUT, phases=delayed(2))
 
 
 def fit(module: Any, strategy: Any, steps: int = STEPS, ckpt: Any = None, **kwargs: Any) -> pl.Trainer:
-    t = trainer(FOLDER, QATCallback(RECIPE), devices=2, strategy=strategy, max_steps=steps, limit_val_batches=1, **kwargs)
+    t = trainer(
+        FOLDER, QATCallback(RECIPE), devices=2, strategy=strategy, max_steps=steps, limit_val_batches=1, **kwargs
+    )
     t.fit(module, data(), data(), ckpt_path=ckpt)
     return t
 

@@ -85,3 +85,32 @@ def trainer(path: Any, *callbacks: Any, **kwargs: Any) -> pl.Trainer:
     }
     quiet.update({"enable_checkpointing": False} if "enable_checkpointing" not in kwargs else {})
     return pl.Trainer(callbacks=list(callbacks), **{**quiet, **kwargs})
+
+
+class Language(pl.LightningModule):
+    """A transformers Llama of two layers on random tokens, with labels of which some are masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 50}
+        self.model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"loss": self.model(**batch).loss, "extra": 1}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.model(**batch).loss)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def tokens(n: int = 8, batch: int = 4) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 50, (n, 12), generator=generator)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    return DataLoader([{"input_ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)], batch_size=batch)

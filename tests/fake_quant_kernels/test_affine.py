@@ -5,7 +5,7 @@ Mutations of `fake_quant_kernels/affine.py` that were tried, and the test that t
     r = 1 / s used as w / s                       test_equals_numpy
     torch.round -> torch.floor                    test_equals_numpy, test_equals_torch_fake_quantize
     upper bound hi - z -> hi - z - 1              test_equals_numpy, test_equals_torch_fake_quantize
-    ds without `- value * inside`                 test_gradients_are_those_of_torch_learnable_fake_quantize
+    ds without `- value` inside                   test_gradients_are_those_of_torch_learnable_fake_quantize
     inside: >= low -> > low                       test_gradients_on_the_bounds_count_as_inside
 """
 
@@ -143,6 +143,12 @@ def test_gradients_on_the_bounds_count_as_inside() -> None:
     w = torch.tensor([[-8.0, 7.0, -8.01, 7.01]], requires_grad=True)
     fake_quantize(w, torch.ones(1, 1), None, None, -8, 7).sum().backward()
     assert w.grad.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+
+
+def test_a_value_beyond_fp32_gives_no_nan() -> None:
+    w, s = torch.tensor([[3e38, -3e38, 0.1]], requires_grad=True), torch.full((1, 1), 1e-5, requires_grad=True)
+    fake_quantize(w, s, None, None, -8, 7).sum().backward()
+    assert w.grad.tolist() == [[0.0, 0.0, 0.0]] and s.grad.tolist() == [[7.0 - 8.0 + 7.0]]
 
 
 def test_identity_passes_every_gradient() -> None:

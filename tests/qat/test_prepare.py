@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import qat
-from qat.layers import QATLayer, weight_quantizers
+from qat.layers import weight_quantizers
 from qat.prepare import qat_layers
 from qat.quantizers import Quantizer
-from qat.state import CHILD, Record, decode_record, encode_record, require_state
+from qat.state import require_state
 
 INPUT = {"bits": 8, "granularity": "tensor", "quantizer": "ema"}
 
@@ -247,7 +247,7 @@ def test_strength_lies_between_float_and_quantized(recipe: Any) -> None:
     for step, y in enumerate(outputs):
         w = torch.lerp(layer.weight, w_hat, (step + 1) / 4) if step < 3 else w_hat
         assert torch.equal(y, nn.functional.linear(x, w, layer.bias))
-    distances = [float((y - plain).abs().sum()) for y in outputs]
+    distances = [float((y - plain).detach().abs().sum()) for y in outputs]
     assert distances == sorted(distances) and distances[0] > 0
 
 
@@ -320,78 +320,7 @@ def test_learned_input_scales_cover_both_signs(zero_point: str, recipe: Any) -> 
     assert float(quantizer.seen) == 1
 
 
-# ---- the record ------------------------------------------------------------------------------------------------------
-
-
-def test_a_record_survives_with_the_order_of_its_rules() -> None:
-    record = Record({"rules": {"z": {}, "a": {}, "m": {}}}, 7, True, True, {"l": ["float32", "bfloat16"]}, "teacher")
-    back = decode_record(encode_record(record))
-    assert back == record and list(back.recipe["rules"]) == ["z", "a", "m"]
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda r: torch.zeros(3, dtype=torch.uint8), "damaged"),
-        (lambda r: r[:-4], "damaged"),
-        (lambda r: torch.tensor(list(b'{"version": 1, "step": "x"}'), dtype=torch.uint8), "damaged"),
-        (lambda r: torch.tensor(list(b'{"version": 1, "step": -1}'), dtype=torch.uint8), "damaged"),
-        (lambda r: torch.tensor(list(b'{"version": 1, "dtypes": {"l": ["nope", 3]}}'), dtype=torch.uint8), "damaged"),
-        (lambda r: torch.tensor(list(b'{"version": 1, "unknown": 3}'), dtype=torch.uint8), "damaged"),
-        (lambda r: torch.tensor(list(b'[1, 2]'), dtype=torch.uint8), "damaged"),
-        (lambda r: torch.tensor(list(b'{"version": 9, "new": 3}'), dtype=torch.uint8), "version 9"),
-    ],
-)
-def test_a_damaged_record_is_refused(damage: Any, words: str) -> None:
-    with pytest.raises(qat.QATError, match=words):
-        decode_record(damage(encode_record(Record())))
-
-
-def test_load_from_checkpoint(recipe: Any, tmp_path: Path) -> None:
-    """Plain, below `model.` as Lightning writes it, and in the dtype that was trained."""
-    model = Tied()
-    wrapped = nn.ModuleDict({"model": model})
-    qat.prepare(wrapped, recipe())
-    model(IDS).sum().backward()
-    torch.optim.SGD(model.parameters(), 0.1).step()
-    qat.after_optimizer_step(wrapped)
-    path = tmp_path / "run.ckpt"
-    torch.save({"state_dict": wrapped.state_dict(), "epoch": 1}, path)
-    loaded = qat.load_from_checkpoint(path, Tied())
-    bundle, expected = qat.convert(loaded), qat.convert(wrapped)
-    assert [name.removeprefix("model.") for name in bundle] == ["embed.weight", "mid.weight"]
-    for name in expected:
-        assert torch.equal(bundle[name].dequantize(), expected[name].dequantize())
-    assert require_state(loaded).record.step == 1
-
-
-def test_checkpoints_that_cannot_be_used(recipe: Any, tmp_path: Path) -> None:
-    model = Tied()
-    plain = copy.deepcopy(model.state_dict())
-    qat.prepare(model, recipe())
-    good = model.state_dict()
-    record = f"{CHILD}._extra_state"
-
-    def refused(words: str, content: Any, target: nn.Module) -> None:
-        path = tmp_path / "x.ckpt"
-        torch.save(content, path)
-        with pytest.raises(qat.QATError, match=words):
-            qat.load_from_checkpoint(path, target)
-
-    with pytest.raises(qat.QATError, match="no checkpoint file"):
-        qat.load_from_checkpoint(tmp_path / "none.ckpt", Tied())
-    (tmp_path / "text.ckpt").write_text("hello")
-    with pytest.raises(qat.QATError, match="not a checkpoint"):
-        qat.load_from_checkpoint(tmp_path / "text.ckpt", Tied())
-    refused("without running code", {"state_dict": Tied()}, Tied())
-    refused("no state dict", {"state_dict": 5}, Tied())
-    refused("no state dict", [1, 2], Tied())
-    refused("no quantization record", plain, Tied())
-    refused("damaged", {**good, record: torch.zeros(4, dtype=torch.uint8)}, Tied())
-    refused("lacks 1 entries", {k: v for k, v in good.items() if k != "mid.weight_quantizer.theta"}, Tied())
-    refused("lacks 1 entries", {k: v for k, v in good.items() if k != "mid.bias"}, Tied())
-    refused("does not fit", {**good, "mid.weight": torch.zeros(3, 3)}, Tied())
-    refused("is this the model", good, nn.Conv1d(2, 2, 2))
+# ---- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_not_prepared_is_said_in_words() -> None:
@@ -412,16 +341,6 @@ def test_weights_that_are_not_finite(recipe: Any) -> None:
         model.mid.weight[0, 0] = torch.inf
     with pytest.raises(qat.ExportError, match=r"mid\.weight: 1 of 64 numbers are not finite"):
         qat.convert(model)["mid.weight"]
-
-
-def test_an_export_waits_for_full_quantization(recipe: Any) -> None:
-    model = Tied()
-    qat.prepare(model, recipe(rules=mixed(), phases=PHASES))
-    with pytest.raises(qat.ExportError, match="it is from step 7 on"):
-        qat.convert(model)
-    early = qat.convert(model, require_final=False)
-    assert early["mid.weight"].spec.bits == 4
-    assert isinstance(model.mid, QATLayer)
 
 
 def test_meta_models(recipe: Any) -> None:

@@ -12,21 +12,6 @@ import torch
 from qat.tasks.stdlib import END, train_tokenizer
 
 TEXT = "def add(a, b):\n    return a + b\n\nclass Point:\n    def __init__(self, x):\n        self.x = x\n" * 40
-# Chat templates: with generation marks, plain, and one that drops what it calls thoughts from earlier answers.
-MARKED = (
-    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }};{% endgeneration %}{% else %}{{ m['content'] }};{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-PLAIN = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }};{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-FORGETFUL = (
-    "{% for m in messages %}<{{ m['role'] }}>"
-    "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('#')[-1] }}"
-    "{% else %}{{ m['content'] }}{% endif %};{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")

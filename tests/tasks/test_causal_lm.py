@@ -140,7 +140,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "empty folder": ({"data": ["empty"]}, "holds no file ending in"),
     "not utf-8": ({"data": ["latin.txt"]}, "is not UTF-8"),
     "blank text": ({"data": ["blank.txt"]}, "all empty"),
-    "broken jsonl": ({"data": ["broken.jsonl"]}, "cannot be read as json"),
+    "broken jsonl": ({"data": ["broken.jsonl"]}, "line 1 is not JSON"),
     "broken parquet": ({"data": ["broken.parquet"]}, "cannot be read as parquet"),
     "empty jsonl": ({"data": ["void.jsonl"]}, "void.jsonl"),
     "wrong key": ({"data": ["good.jsonl"], "text_key": "body"}, "train.text_key='body' is in no record"),
@@ -187,7 +187,10 @@ def test_one_sentence_for_what_is_wrong(
         ([{"role": "user", "content": "hello"}], "no message of the role 'assistant'"),
         ([{"role": "assistant"}], "needs the keys 'role' and 'content'"),
         ("hello", "holds str where list is needed"),
-        ([{"role": "assistant", "content": ""}], "no conversation has a token"),
+        (
+            [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ""}],
+            "no conversation has a token",
+        ),
     ],
 )
 def test_conversations_that_teach_nothing(tokenizer: Any, tmp_path: Path, messages: Any, words: str) -> None:
@@ -200,7 +203,7 @@ def test_conversations_that_teach_nothing(tokenizer: Any, tmp_path: Path, messag
 
 def test_template_that_raises_is_one_sentence(tokenizer: Any, chat_file: Path) -> None:
     changed = with_template(tokenizer, "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(QATError, match="chat template refuses.*roles must alternate"):
+    with pytest.raises(QATError, match=r"chat template refuses.*roles must alternate"):
         make_data(Train(data=[str(chat_file)]), changed)
 
 
@@ -209,7 +212,7 @@ def test_tokens_outside_the_model_are_refused(llama_folder: Path, text_file: Pat
     shutil.copytree(llama_folder, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
-    vocab.update({piece: index + 1000 for piece, index in vocab.items() if index > 300})
+    vocab.update({piece: index + 1000 for piece, index in vocab.items() if index > 256})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(QATError, match="the model in"):
         causal_lm.build(Train(model=str(folder), data=[str(text_file)], seq_len=32))

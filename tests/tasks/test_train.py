@@ -1,0 +1,110 @@
+"""`run`: every task from a recipe to files, and settings that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qat
+from qat.errors import QATError
+from qat.recipes import load_recipe
+from qat.recipes.schema import Train
+from qat.tasks import run
+from qat.tasks.base import learning_rate_factor
+
+
+def recipe_for(preset: str, folder: Path, data: Path, out: Path, *more: str) -> Any:
+    return load_recipe(
+        preset,
+        [
+            f"train.model={folder}",
+            f"train.data=['{data}']",
+            f"train.out={out}",
+            "train.max_steps=3",
+            "train.batch_size=2",
+            "train.seq_len=16",
+            "train.val_every=2",
+            "train.accelerator=cpu",
+            "train.lr=0.001",
+            *more,
+        ],
+    )
+
+
+def test_a_language_model_from_recipe_to_verified_file(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    results = run(recipe_for("w4_gguf_q4_0", llama_folder, text_file, out, "train.logger=csv"))
+    assert results["metrics"]["val/loss"] > 0 and set(results["exports"]) == {"gguf"}
+    rows = qat.verify(results["exports"]["gguf"])
+    assert sum(row.spec != "float" for row in rows) == 9
+    written = json.loads((out / "results.json").read_text())
+    assert {"suite", "case", "tool", "metric", "value", "better"} == set(written["rows"][0])
+    assert "<svg" in (out / "report.html").read_text() and (out / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_dry_run_writes_nothing(
+    llama_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    results = run(recipe_for("w4_gguf_q4_0", llama_folder, text_file, tmp_path / "run"), dry_run=True)
+    assert "lm_head" in results["plan"] and sorted(tmp_path.rglob("*")) == before
+
+
+def test_resuming_goes_on_from_the_checkpoint(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(recipe_for("w4_gguf_q4_0", llama_folder, text_file, out))
+    again = recipe_for("w4_gguf_q4_0", llama_folder, text_file, out, f"train.resume={out}/checkpoints/last.ckpt")
+    again.train.max_steps = 5
+    run(again)
+    assert qat.Receipt.load(out / "export").step == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.resume=gone.ckpt", "there is no checkpoint gone.ckpt"),
+        ("train.accelerator=abacus", "the trainer cannot be made"),
+        ("train.strategy=telepathy", "the trainer cannot be made"),
+    ],
+)
+def test_settings_that_cannot_be_used(
+    llama_folder: Path, text_file: Path, tmp_path: Path, override: str, words: str
+) -> None:
+    with pytest.raises(QATError, match=words):
+        run(recipe_for("w4_gguf_q4_0", llama_folder, text_file, tmp_path / "run", override))
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_tasks_and_loggers_are_refused(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    for setting, value in (("task", "chess"), ("logger", "parchment")):
+        recipe = recipe_for("w4_gguf_q4_0", llama_folder, text_file, tmp_path / "run")
+        setattr(recipe.train, setting, value)
+        with pytest.raises(QATError, match=f"train.{setting}='{value}' is unknown"):
+            run(recipe)
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    train = Train(max_steps=100, warmup_fraction=0.1)
+    factors = [learning_rate_factor(train, step) for step in range(101)]
+    assert factors[:10] == sorted(factors[:10]) and factors[10] == 1.0 and factors[10:] == sorted(factors[10:])[::-1]
+    assert 0 < factors[0] < 0.1 and factors[100] < 1e-9
+    constant = Train(max_steps=100, warmup_fraction=0.0, scheduler="constant")
+    assert {learning_rate_factor(constant, step) for step in range(100)} == {1.0}
+
+
+def test_an_interrupted_run_equals_an_uninterrupted_one(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    def trained(out: Path, *more: str) -> dict[str, str]:
+        recipe = recipe_for(
+            "w4_gguf_q4_0", llama_folder, text_file, out, "train.scheduler=constant", "train.warmup_fraction=0", *more
+        )
+        run(recipe)
+        return {tensor.name: tensor.sha256 for tensor in qat.Receipt.load(out / "export").tensors}
+
+    whole = trained(tmp_path / "whole", "train.max_steps=7")
+    trained(tmp_path / "cut", "train.max_steps=4")
+    resumed = trained(tmp_path / "cut", "train.max_steps=7", f"train.resume={tmp_path}/cut/checkpoints/last.ckpt")
+    assert resumed == whole
