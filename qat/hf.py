@@ -1,4 +1,4 @@
-"""Hugging Face folders: checked before their library sees them, loaded by their library, nothing downloaded or unpickled.
+"""Hugging Face folders: checked first, then loaded by their own library; nothing is downloaded or unpickled.
 
     empty_model(folder, meta=True)   the architecture alone: a plan of a model of any size at once
     load_model(folder)               the model with its weights (safetensors only)
@@ -92,11 +92,10 @@ def load_model(
     """The folder's model with its weights, in eval mode; `config` entries replace those of config.json.
 
     `auto` is the transformers class to load it as, by default what config.json says. Raises QATError for weights that
-    are missing, cut short, pickled, of other shapes, or (unless `may_lack`: a new head) incomplete.
+    are missing, cut short, pickled, of other shapes or incomplete (`may_lack`: but for a head or pooler).
     """
-    read_config(folder)
-    check_weights(folder)
     settings = read_config(folder)
+    check_weights(folder)
     for name, value in config.items():
         setattr(settings, name, value)
     import transformers
@@ -116,8 +115,10 @@ def load_model(
             )
     except Exception as problem:
         raise QATError(f"model folder {folder} cannot be loaded: {_sentence(problem)}") from None
-    missing = sorted(info["missing_keys"])
-    if missing and not may_lack:
+    # a key that does not fit comes as a tuple with its shapes
+    unfit = {key if isinstance(key, str) else key[0] for key in (*info["missing_keys"], *info["mismatched_keys"])}
+    missing = sorted(key for key in unfit if not (may_lack and _is_head(model, key)))
+    if missing:
         raise QATError(
             f"model folder {folder}: its weights lack {len(missing)} entries of {type(model).__name__}, {missing[0]!r} "
             "for one; they would start at random"
@@ -129,7 +130,9 @@ def load_tokenizer(folder: str | PathLike[str]) -> Any:
     """The folder's tokenizer. Raises QATError if it holds none."""
     place = Path(folder)
     if not has_tokenizer(place):
-        raise QATError(f"{place} holds no tokenizer (tokenizer.json or the like); save_pretrained of a tokenizer writes it")
+        raise QATError(
+            f"{place} holds no tokenizer (tokenizer.json or the like); save_pretrained of a tokenizer writes it"
+        )
     import transformers
 
     try:
@@ -161,8 +164,8 @@ def check_weights(folder: str | PathLike[str]) -> None:
         pickled = sorted(file.name for pattern in _PICKLED for file in place.glob(pattern))
         if not files[0].is_file() and pickled:
             raise QATError(
-                f"model folder {place} holds its weights as a pickle only ({pickled[0]}), which can run code when it is "
-                "read; save them as model.safetensors where you trust them (save_pretrained does)"
+                f"model folder {place} holds its weights as a pickle only ({pickled[0]}), which can run code when "
+                "it is read; save them as model.safetensors where you trust them (save_pretrained does)"
             )
     for file in files:
         if not file.is_file():
@@ -172,6 +175,12 @@ def check_weights(folder: str | PathLike[str]) -> None:
                 opened.keys()
         except Exception as problem:
             raise QATError(f"{file} is not a whole safetensors file: {_sentence(problem)}") from None
+
+
+def _is_head(model: Any, key: str) -> bool:
+    """Whether an entry lies outside of the encoder that was pretrained."""
+    base = model.base_model_prefix
+    return "pooler" in key.split(".") or (hasattr(model, base) and not key.startswith(f"{base}."))
 
 
 def _class(config: Any, auto: str) -> Any:

@@ -150,7 +150,7 @@ def _forward(layer: QATLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     x_quantizer = input_quantizer(layer)
     with inside():
         if not live.active:
-            y = live.original.forward(layer, *args, **kwargs)
+            y: Tensor = live.original.forward(layer, *args, **kwargs)
             if x_quantizer is not None and layer.training and torch.is_grad_enabled():
                 _observe(x_quantizer, live.op.inputs(layer, args, kwargs)[0])
             wanted = [p for p in learned if p.requires_grad]
@@ -187,7 +187,7 @@ def _compute_dtype(op: LayerOp, inputs: tuple[Tensor | None, ...], weights: list
 def _no_view(y: Tensor) -> Tensor:
     """The same numbers in the same memory, but free to be changed in place (`nn.ReLU(inplace=True)` after a layer):
     autograd refuses that for views that a Function hands out."""
-    return torch.ops.aten._unsafe_view(y, y.shape) if y.is_contiguous() else y.clone()  # type: ignore[no-any-return]
+    return torch.ops.aten._unsafe_view(y, y.shape) if y.is_contiguous() else y.clone()
 
 
 class _KeepInGraph(torch.autograd.Function):

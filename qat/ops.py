@@ -218,8 +218,8 @@ class ExpertsOp(LayerOp):
         for value in args:
             if value is not None and not isinstance(value, Tensor):
                 raise QATError(
-                    f"{type(module).__name__} was called with a {type(value).__name__}; experts are quantized only where "
-                    "all arguments are tensors: keep them with a rule that has keep_float: true"
+                    f"{type(module).__name__} was called with a {type(value).__name__}; experts are quantized only "
+                    "where all arguments are tensors: keep them with a rule that has keep_float: true"
                 )
         return (*args, *(p for _, p in self._others(module)))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -56,18 +57,30 @@ def prepare(model: nn.Module, recipe: Recipe | str | PathLike[str], *, search: b
 
     Parameter names, hooks, attributes, tying, flags and state-dict keys stay; keys are only added. `search` looks for
     the scales on the current weights at once (skipped for meta or sharded ones). Raises RecipeError for a bad recipe
-    and QATError where the recipe does not fit the model (see `qat.plan.make_plan`).
+    and QATError where the recipe does not fit the model (see `qat.plan.make_plan`); the model is then as it was.
     """
     recipe = as_recipe(recipe)
     model = prepared_root(model)
     found = make_plan(model, recipe)
     _refuse_sharded(model, found)
     state = state_of(model)
+    first = state is None
     if state is None:
         state = QATState(to_dict(recipe))
         model.add_module(CHILD, state)
     elif state.record.recipe != to_dict(recipe):
         raise QATError("this model is already prepared with another recipe; call qat.unprepare(model) first")
+    try:
+        _insert(model, state, found, search)
+    except Exception:
+        if first:
+            unprepare(model)
+        raise
+    log.info("%d layers prepared, %.2f %% of the parameters", len(found.rows), found.coverage)
+    return found
+
+
+def _insert(model: nn.Module, state: QATState, found: Plan, search: bool) -> None:
     shared: dict[int, Quantizer] = _existing(model)
     fresh: dict[str, QATLayer] = {}
     for row in found.rows:
@@ -82,8 +95,7 @@ def prepare(model: nn.Module, recipe: Recipe | str | PathLike[str], *, search: b
         _search_scales(fresh, force=False)
         state.record.initialized = True
     apply_schedule(model)
-    log.info("%d layers prepared, %.2f %% of the parameters", len(found.rows), found.coverage)
-    return found
+    state.on_load = partial(apply_schedule, model)
 
 
 def _refuse_sharded(model: nn.Module, found: Plan) -> None:

@@ -134,10 +134,12 @@ def _lines(axes: Any, section: dict[str, Any]) -> None:
 
 
 def _smooth(values: list[float], memory: float = 0.93) -> list[float]:
-    mean, found = values[0], []
+    """Exponential mean, corrected for having started from nothing."""
+    total, weight, found = 0.0, 0.0, []
     for value in values:
-        mean = memory * mean + (1 - memory) * value
-        found.append(mean)
+        total = memory * total + value
+        weight = memory * weight + 1.0
+        found.append(total / weight)
     return found
 
 

@@ -7,6 +7,7 @@ cast or to shard); its extra state is a uint8 tensor of JSON, so a weights-only 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ class QATState(nn.Module):
         self.applied: State | None = None
         # True once a checkpoint with quantizer state was loaded into this model
         self.restored = False
+        # set by prepare: brings the layers to the step of a record that was loaded
+        self.on_load: Callable[[], Any] | None = None
 
     def forward(self, x: Any) -> Any:
         """x itself: a prepared `nn.Sequential` calls its children one after the other, this one last."""
@@ -68,8 +71,8 @@ class QATState(nn.Module):
         return self.plan
 
     def get_extra_state(self) -> Tensor:
-        """The record, in a number of bytes that only the recipe and the plan decide: a sharded checkpoint is loaded into a
-        tensor of the size that it was saved with."""
+        """The record, in a number of bytes that only the recipe and the plan decide: a sharded checkpoint is loaded
+        into a tensor of the size that it was saved with."""
         layers = [] if self.plan is None else [row.name for row in self.plan.rows]
         recipe = len(json.dumps(self.record.recipe).encode())
         room = recipe + sum(len(name.encode()) + _LAYER_BYTES for name in layers) + _RECORD_BYTES
@@ -85,6 +88,8 @@ class QATState(nn.Module):
             )
         self.restored = True
         self.schedule = self.applied = None
+        if self.on_load is not None:
+            self.on_load()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A float checkpoint has no record: keep this one.

@@ -25,7 +25,9 @@ class Absmax(Quantizer):
         found = super().reasons(spec, activation=activation)
         if spec.bits == 1 and spec.signed:
             # absmax / 0.5 puts the largest weight half a step from 0, and half rounds to even
-            found.append("a signed 1-bit grid has the codes -1 and 0, and absmax maps all to 0; use quantizer=mse or lsq")
+            found.append(
+                "a signed 1-bit grid has the codes -1 and 0, and absmax maps all to 0; use quantizer=mse or lsq"
+            )
         return found
 
     def qparams(self, w_RK: Tensor) -> Fields:

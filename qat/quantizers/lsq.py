@@ -64,11 +64,9 @@ class Lsq(Stored):
         scale, zero, minimum = self.start()
         if self.layout.kind == "tokens" and not self._settled:
             now, seen = search(w_RK.detach(), self.live_spec), self.seen.float() > 0
-            scale, zero, minimum = (
-                None if a is None or b is None else torch.where(seen, a, b)
-                for a, b in zip((scale, zero, minimum), now, strict=True)
-            )
-            assert scale is not None
+            scale = torch.where(seen, scale, now.scale)
+            zero = None if zero is None or now.zero is None else torch.where(seen, zero, now.zero)
+            minimum = None if minimum is None or now.minimum is None else torch.where(seen, minimum, now.minimum)
         if not self.frozen:
             scale = scale * torch.exp(RATE * self.theta.float())
         return Fields(self.spec.scale_grid.project(scale), zero, minimum)
@@ -111,4 +109,4 @@ class Lsq(Stored):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         # whether an input was seen is said by the buffer that was loaded
-        self._settled = False
+        self._settled = self.layout.kind == "tokens" and not self.seen.is_meta and bool(self.seen)

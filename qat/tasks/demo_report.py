@@ -214,8 +214,8 @@ def _words(demo: Demo, found: Outcome) -> list[str]:
         f"file in 32 bits and {200 * found.file_bytes / size:.0f} % of one in 16. {found.float_bytes:,} of them are "
         "parameters that the recipe leaves in float, as wide as they were trained.",
         f"Price: perplexity {found.qat.perplexity:.2f} instead of {base.perplexity:.2f} ({change:+.2f} %; rounding "
-        f"alone {found.rtn.perplexity:.2f}); another most likely token at {100 - found.qat.top1:.1f} % of the positions "
-        f"(rounding alone {100 - found.rtn.top1:.1f} %); KL to float {found.qat.kl:.5f} nats (rounding alone "
+        f"alone {found.rtn.perplexity:.2f}); another most likely token at {100 - found.qat.top1:.1f} % of the "
+        f"positions (rounding alone {100 - found.rtn.top1:.1f} %); KL to float {found.qat.kl:.5f} nats (rounding alone "
         f"{found.rtn.kl:.5f}).",
     ]
 
@@ -271,7 +271,7 @@ def _plots(demo: Demo) -> list[dict[str, Any]]:
             "y": "held-out perplexity",
             "bars": [
                 ["float", demo.float_scores.perplexity, f"{demo.float_scores.perplexity:.1f}"],
-                ["float trained on", demo.continued.perplexity, f"{demo.continued.perplexity:.1f}"],
+                ["float\ntrained on", demo.continued.perplexity, f"{demo.continued.perplexity:.1f}"],
                 *[
                     [f"{_short(found)}\n{tool}", scores.perplexity, f"{scores.perplexity:.1f}"]
                     for found in demo.outcomes

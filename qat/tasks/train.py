@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ def check_resume(recipe: Recipe) -> None:
         # shards of a distributed run; the strategy that wrote them reads them
         return
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         entries = dict(loaded["state_dict"])
     except Exception as problem:
         why = str(problem).partition("\n")[0].partition(". ")[0] or type(problem).__name__

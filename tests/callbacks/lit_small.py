@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import qat.recipes
+from qat.callbacks import QATCallback
+from qat.state import require_state
 
 WEIGHTS = {"bits": 4, "granularity": "group", "group_size": 8, "quantizer": "lsq"}
 
@@ -114,3 +117,35 @@ def tokens(n: int = 8, batch: int = 4) -> DataLoader[Any]:
     labels = ids.clone()
     labels[:, :4] = -100
     return DataLoader([{"input_ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)], batch_size=batch)
+
+
+def fit(path: Path, module: Any, the_recipe: Any = None, *more: Any, steps: int = 4, **kwargs: Any) -> Any:
+    t = trainer(path, QATCallback(the_recipe or recipe()), *more, max_steps=steps, **{"limit_val_batches": 1, **kwargs})
+    t.fit(module, data(), data())
+    return t
+
+
+def step_of(module: nn.Module) -> int:
+    return require_state(module).record.step
+
+
+class InConfigureModel(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            torch.manual_seed(0)
+            self.net = Net()
+
+
+class InSetup(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "net"):
+            torch.manual_seed(0)
+            self.net = Net()

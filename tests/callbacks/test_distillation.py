@@ -74,10 +74,12 @@ def test_the_loss_is_the_mix(tmp_path: Path, first: bool, weight: float) -> None
         teacher: Any = None
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            own = super().training_step(batch, batch_idx)
+            found = self.net(batch[0])
+            own = F.mse_loss(found, batch[1])
+            self.losses.append(own.item())
             with torch.no_grad():
                 wanted = self.teacher[0](batch[0])
-            distilled = kl(self.net(batch[0]), wanted, temperature=2.0)
+            distilled = kl(found, wanted, temperature=2.0)
             return distilled if weight == 1.0 else (1 - weight) * own + weight * distilled
 
     by_hand, module = ByHand(), Lit()
@@ -139,7 +141,7 @@ def test_by_hand_in_manual_optimization(tmp_path: Path) -> None:
     assert all(loss > 0.0 for loss in module.losses)
     silent = Manual()
     silent.asks = False
-    with pytest.raises(qat.QATError, match="has to ask for the loss with qat.distill_loss"):
+    with pytest.raises(qat.QATError, match="has to ask for the loss with"):
         fit(tmp_path, silent, DistillationCallback("mse"))
 
 

@@ -46,7 +46,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return module.losses
 
 
-# Inside the processes: weights and scales are equal on all ranks, DDP has its default flags, the gathered integers equal
+# Inside the processes: weights and scales are equal on all ranks, DDP has its default flags, the gathered integers are
 # those of one process that reads the checkpoint, a resumed run equals the uninterrupted one.
 # mutation: no all_reduce in qat.prepare.after_optimizer_step -> "ddp" and "fsdp2" are red (ranges differ);
 # mutation: return y instead of _KeepInGraph in qat.layers._forward -> "ddp" is red (unused parameters);

@@ -6,27 +6,16 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from lit_small import Lit, Net, data, delayed, recipe, trainer
-from pytorch_lightning.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lit_small import InConfigureModel, InSetup, Lit, Net, data, delayed, fit, recipe, step_of, trainer
+from pytorch_lightning.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qat
 from qat.callbacks import QATCallback
 from qat.prepare import qat_layers
-from qat.state import require_state, state_of
 
 EMA_INPUT = {"bits": 8, "granularity": "tensor", "quantizer": "ema", "zero_point": "int"}
-
-
-def fit(path: Path, module: Any, the_recipe: Any = None, *more: Any, steps: int = 4, **kwargs: Any) -> Any:
-    t = trainer(path, QATCallback(the_recipe or recipe()), *more, max_steps=steps, **{"limit_val_batches": 1, **kwargs})
-    t.fit(module, data(), data())
-    return t
-
-
-def step_of(module: nn.Module) -> int:
-    return require_state(module).record.step
 
 
 # ---- the whole way -------------------------------------------------------------------------------------------------
@@ -81,7 +70,7 @@ def test_sanity_check_moves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("input", [None, EMA_INPUT], ids=["weights", "inputs"])
 def test_before_its_start_a_run_is_the_plain_run(tmp_path: Path, input: Any) -> None:
-    # mutation: `live.active = True` in qat.layers, or weight decay on anything but the user's own -> red
+    # mutation: `if False:` for `if not phase.quantize:` in qat.schedule -> red
     plain, prepared = Lit(), Lit()
     trainer(tmp_path, max_steps=4).fit(plain, data())
     fit(tmp_path, prepared, recipe(input=input, phases=delayed(4)), steps=4)
@@ -152,6 +141,7 @@ def test_two_optimizers_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_fit_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
+    # mutation: search all layers in qat.prepare.prepare, not the fresh ones -> red
     module = Lit()
     fit(tmp_path, module, steps=3)
     thetas = {name: p.clone() for name, p in module.named_parameters() if "theta" in name}
@@ -163,52 +153,39 @@ def test_a_fit_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
     assert step_of(module) == 5
 
 
-@pytest.mark.parametrize("finder", ["lr", "batch size"])
+class Loaders(pl.LightningDataModule):
+    batch_size = 2
+
+    def train_dataloader(self) -> Any:
+        return data(batch=self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        return data()
+
+
+class Reset(pl.Callback):
+    """Forgets what a finder did to the module's own notes and to the learning rate."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.losses.clear()
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = pl_module.lr
+
+
+FINDERS = {
+    "lr": lambda: LearningRateFinder(num_training_steps=5, update_attr=False),
+    "batch size": lambda: BatchSizeFinder(max_trials=2, steps_per_trial=2),
+}
+
+
+@pytest.mark.parametrize("finder", FINDERS)
 def test_finders_leave_no_trace(tmp_path: Path, finder: str) -> None:
     # mutation: no forget_observed in on_train_start -> red (the ranges of the finder's steps)
-    plain, found = Lit(), Lit()
-    fit(tmp_path, plain, recipe(input=EMA_INPUT), steps=3)
-
-    def reset(trainer: Any, pl_module: Any) -> None:
-        pl_module.losses.clear()
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = plain.lr
-
-    class Reset(pl.Callback):
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            reset(trainer, pl_module)
-
-    if finder == "lr":
-        fit(
-            tmp_path,
-            found,
-            recipe(input=EMA_INPUT),
-            LearningRateFinder(num_training_steps=5, update_attr=False),
-            Reset(),
-            steps=3,
-        )
-    else:
-        from pytorch_lightning.callbacks import BatchSizeFinder
-
-        class Loaders(pl.LightningDataModule):
-            batch_size = 2
-
-            def train_dataloader(self) -> Any:
-                return data(batch=self.batch_size)
-
-            def val_dataloader(self) -> Any:
-                return data()
-
-        t = trainer(
-            tmp_path,
-            QATCallback(recipe(input=EMA_INPUT)),
-            BatchSizeFinder(max_trials=1, steps_per_trial=2),
-            Reset(),
-            max_steps=3,
-        )
-        t.fit(found, datamodule=Loaders())
-    assert step_of(found) == 3
+    plain, found, loaders = Lit(), Lit(), Loaders()
+    for module, more in ((found, [FINDERS[finder](), Reset()]), (plain, [])):
+        t = trainer(tmp_path, QATCallback(recipe(input=EMA_INPUT)), *more, max_steps=3, limit_val_batches=0)
+        t.fit(module, datamodule=loaders)
+        assert step_of(module) == 3
     assert found.losses == plain.losses
     assert all(torch.equal(a, b) for a, b in zip(found.net.parameters(), plain.net.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(found.net.buffers(), plain.net.buffers(), strict=True))
@@ -253,28 +230,6 @@ def test_compiled_module(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
 # ---- where layers are made -----------------------------------------------------------------------------------------
 
 
-class InConfigureModel(Lit):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = None
-
-    def configure_model(self) -> None:
-        if self.net is None:
-            torch.manual_seed(0)
-            self.net = Net()
-
-
-class InSetup(Lit):
-    def __init__(self) -> None:
-        super().__init__()
-        del self.net
-
-    def setup(self, stage: str) -> None:
-        if not hasattr(self, "net"):
-            torch.manual_seed(0)
-            self.net = Net()
-
-
 @pytest.mark.parametrize("kind", [InConfigureModel, InSetup])
 def test_layers_made_late(tmp_path: Path, kind: type[Lit]) -> None:
     wanted, late = Lit(), kind()
@@ -303,83 +258,6 @@ def test_prepared_by_the_user(tmp_path: Path) -> None:
     assert all(q.out_dtype == torch.bfloat16 for q in loaded.values())
     with pytest.raises(qat.QATError, match="another recipe"):
         fit(tmp_path, Own(), recipe(weight={"bits": 2}))
-
-
-# ---- refusals and failures -----------------------------------------------------------------------------------------
-
-
-def test_scales_in_no_optimizer(tmp_path: Path) -> None:
-    class OnlyWeights(Lit):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD([p for name, p in self.named_parameters() if "theta" not in name], 0.1)
-
-    with pytest.raises(qat.QATError, match=r"2 learned scales are in no optimizer, net\.a\.weight_quantizer\.theta"):
-        fit(tmp_path, OnlyWeights())
-
-
-def test_nothing_matches(tmp_path: Path) -> None:
-    the_recipe = qat.recipes.from_dict({"name": "x", "rules": {"convs": {"types": ["Conv2d"], "weight": {"bits": 4}}}})
-    for module in (Lit(), InConfigureModel(), InSetup()):
-        with pytest.raises(qat.QATError, match=r"rules\.convs matches no layer"):
-            fit(tmp_path, module, the_recipe)
-        assert not {"configure_model", "training_step"} & module.__dict__.keys()
-
-
-def test_an_export_target_that_cannot_hold_the_grid(tmp_path: Path) -> None:
-    with pytest.raises(qat.QATError, match=r"export\.targets: gguf: net\.a"):
-        fit(tmp_path, Lit(), recipe(export={"targets": ["gguf"]}))
-
-
-def test_two_callbacks(tmp_path: Path) -> None:
-    with pytest.raises(qat.QATError, match="two QATCallbacks"):
-        fit(tmp_path, Lit(), recipe(), QATCallback(recipe()))
-
-
-def test_a_bypass_is_caught_in_each_stage(tmp_path: Path) -> None:
-    class Bypass(Lit):
-        stage = "training"
-
-        def loss(self, batch: Any) -> Tensor:
-            at = "training" if self.training else "validate"
-            if at != self.stage:
-                return super().loss(batch)
-            return F.linear(batch[0], self.net.b.weight).square().mean()
-
-    for stage in ("training", "validate"):
-        module = Bypass()
-        module.stage = stage
-        with pytest.raises(qat.QATError, match=r"net\.b\.weight is planned for quantization but"):
-            fit(tmp_path, module)
-        # on_exception has undone the patches; the quantizers stay
-        assert not {"training_step", "validation_step"} & module.__dict__.keys()
-        assert qat.is_prepared(module)
-    module = Bypass()
-    t = trainer(tmp_path, QATCallback(recipe(), rehearse=False), max_steps=1, limit_val_batches=0)
-    t.fit(module, data())
-
-
-def test_an_exception_leaves_a_resumable_state(tmp_path: Path) -> None:
-    class Fails(Lit):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            if len(self.losses) == 3:
-                raise RuntimeError("the user's own")
-            return super().training_step(batch, batch_idx)
-
-    module = Fails()
-    with pytest.raises(RuntimeError, match="the user's own"):
-        fit(tmp_path, module)
-    assert step_of(module) == 3
-    optimizer = module.trainer.optimizers[0]
-    assert not optimizer._optimizer_step_post_hooks
-    assert state_of(module) is not None and "training_step" not in module.__dict__
-
-
-def test_steps_keep_their_signature(tmp_path: Path) -> None:
-    class OneArgument(Lit):
-        def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
-            return self.loss(batch)
-
-    fit(tmp_path, OneArgument())  # mutation: no __wrapped__ in Patch -> red (batch_idx is passed)
 
 
 # ---- selection of checkpoints --------------------------------------------------------------------------------------

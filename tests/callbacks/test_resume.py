@@ -48,7 +48,7 @@ def run(path: Path, steps: int, the_recipe: Any, *more: Any, ckpt: Any = None, s
 @pytest.mark.parametrize("input", [None, LSQ_INPUT, EMA_INPUT], ids=["weights", "lsq", "ema"])
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_resume_equals_uninterrupted(tmp_path: Path, input: Any, stop: int) -> None:
-    # mutation: drop `self._settled = False` from Lsq._load_from_state_dict, or the step from encode_record -> red
+    # mutation: step = 0 in decode_record -> red
     phases = {
         "float": {"steps": 2, "quantize": False},
         "ramp": {"steps": 4, "ramp": 2},
@@ -65,6 +65,20 @@ def test_resume_equals_uninterrupted(tmp_path: Path, input: Any, stop: int) -> N
     assert equal(t_resumed.optimizers[0].state_dict(), t_whole.optimizers[0].state_dict())
     ours, theirs = qat.convert(resumed), qat.convert(whole)
     assert all(torch.equal(ours[name].codes, theirs[name].codes) for name in theirs)
+
+
+def test_going_back_in_the_same_module(tmp_path: Path) -> None:
+    # mutation: drop `self._settled = False` from Lsq._load_from_state_dict -> red
+    the_recipe = recipe(input=LSQ_INPUT, phases=delayed(2))
+    module, first = run(tmp_path, 2, the_recipe)
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    runs = []
+    for _ in range(2):
+        module.losses.clear()
+        t = trainer(tmp_path, QATCallback(the_recipe), max_steps=5, limit_val_batches=1)
+        t.fit(module, data(), data(), ckpt_path=tmp_path / "two.ckpt")
+        runs.append((list(module.losses), {key: value.clone() for key, value in module.state_dict().items()}))
+    assert equal(runs[0], runs[1])
 
 
 def test_resume_with_averaging(tmp_path: Path) -> None:

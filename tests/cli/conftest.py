@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import RECIPE, check_refusal, listing, make_llama, make_tokenizer  # noqa: E402
+from cli_tiny import RECIPE, check_refusal, listing, make_llama, make_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -68,7 +70,13 @@ class Refusals:
 
         before = listing(self.here, *self.watched)
         self.capsys.readouterr()
-        code = main([str(part) for part in command])
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("default")
+            # hidden outside of tests
+            for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", hidden)
+            code = main([str(part) for part in command])
+        assert not shown, [str(warning.message) for warning in shown]
         error = self.capsys.readouterr().err
         check_refusal(code, error, says)
         assert listing(self.here, *self.watched) == before, "something was written"
@@ -82,3 +90,31 @@ def refused(
     """The check, in an empty working folder."""
     monkeypatch.chdir(tmp_path)
     return Refusals(tmp_path, [llama], capsys)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Enough text for a run."""
+    file = tmp_path / "data.txt"
+    file.write_text("the grid you deploy on is the grid you train on. " * 200)
+    return file
+
+
+@pytest.fixture
+def train(refused: Callable[..., str], recipe_file: Path, llama: Path) -> Callable[..., str]:
+    """`qat train` with the tiny recipe and model; settings may be given again."""
+
+    def run(*overrides: str, says: str | tuple[str, ...]) -> str:
+        return refused("train", recipe_file, f"train.model={llama}", *overrides, says=says)
+
+    return run
+
+
+@pytest.fixture
+def export(refused: Callable[..., str], llama: Path, tmp_path: Path) -> Callable[..., str]:
+    """`qat export` of a checkpoint; settings may follow."""
+
+    def run(checkpoint: Path | str, *options: object, model: Path = llama, says: str | tuple[str, ...]) -> str:
+        return refused("export", checkpoint, "--model", model, "--out", tmp_path / "out", *options, says=says)
+
+    return run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import listing
+from cli_tiny import listing
 
 from qat import __version__
 from qat.cli import main
@@ -21,7 +21,9 @@ COMMANDS = ("recipes", "plan", "train", "export", "verify", "report")
 
 def python(*arguments: str, here: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     whole = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "COLUMNS": "200", **env}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=here, env=whole, timeout=120)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=here, env=whole, timeout=120
+    )
 
 
 def test_help_and_recipes_do_without_torch() -> None:
@@ -67,7 +69,10 @@ def test_plan_counts_what_a_loaded_model_counts(llama: Path, recipe_file: Path) 
     import qat
     from qat.hf import empty_model, load_model
 
-    meta, real = qat.plan(empty_model(llama, meta=True), str(recipe_file)), qat.plan(load_model(llama), str(recipe_file))
+    meta, real = (
+        qat.plan(empty_model(llama, meta=True), str(recipe_file)),
+        qat.plan(load_model(llama), str(recipe_file)),
+    )
     assert (meta.bytes, meta.coverage, meta.rows, meta.float_rows) == (
         real.bytes,
         real.coverage,
@@ -227,7 +232,7 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, caps
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     code = "import sys, qat.cli; sys.exit(qat.cli.main(['recipes', 'w8a8']))"
-    shell = f"{sys.executable} -u -c \"{code}\" | head -n 1; exit ${{PIPESTATUS[0]}}"
+    shell = f'{sys.executable} -u -c "{code}" | head -n 1; exit ${{PIPESTATUS[0]}}'
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 0 and done.stderr == ""

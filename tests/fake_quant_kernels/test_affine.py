@@ -24,7 +24,9 @@ RANGES = [(-8, 7), (-7, 7), (0, 15), (-128, 127), (0, 255), (-1, 0), (0, 1), (-2
 KINDS = ["none", "int", "float"]
 
 
-def numpy_encode(w: np.ndarray, s: np.ndarray, z: np.ndarray | None, m: np.ndarray | None, lo: int, hi: int) -> np.ndarray:
+def numpy_encode(
+    w: np.ndarray, s: np.ndarray, z: np.ndarray | None, m: np.ndarray | None, lo: int, hi: int
+) -> np.ndarray:
     """The docstring's formulas, one group at a time, every operation in float32."""
     one, codes = np.float32(1), np.empty_like(w)
     groups = s.shape[1]
@@ -106,7 +108,9 @@ def test_gradients_are_those_of_torch_learnable_fake_quantize(lo: int, hi: int) 
     zero = z[:, 0].clone().requires_grad_()
     torch._fake_quantize_learnable_per_channel_affine(*theirs, zero, 0, lo, hi, 1.0).backward(g)
     assert torch.equal(ours[0].grad, theirs[0].grad)
-    torch.testing.assert_close(ours[1].grad[:, 0], theirs[1].grad, rtol=1e-4, atol=1e-4 * float(theirs[1].grad.abs().max()))
+    torch.testing.assert_close(
+        ours[1].grad[:, 0], theirs[1].grad, rtol=1e-4, atol=1e-4 * float(theirs[1].grad.abs().max())
+    )
 
 
 def ste(w: Tensor, s: Tensor, z: Tensor | None, m: Tensor | None, lo: int, hi: int) -> Tensor:

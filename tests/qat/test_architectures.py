@@ -1,4 +1,4 @@
-"""Harmlessness on models that nobody here wrote: transformers architectures of different kinds, built from their config.
+"""Harmlessness on models that nobody here wrote: transformers architectures of different kinds, from their config.
 
 Each is planned, prepared, trained one step, rehearsed, exported as compressed-tensors and read back, and taken back to
 what it was: hooks, attributes, tying, training flags and state-dict keys before = after. One recipe for all: Linear
@@ -48,7 +48,7 @@ class Architecture:
     bypassed: tuple[str, ...] = ()
     # words of the reason for which compressed-tensors does not take it; empty: exported and read back
     refused: str = ""
-    # layers that stay in float besides embeddings, convolutions and other classes
+    # layers that stay in float besides other classes
     also_float: tuple[str, ...] = field(default=())
 
 
@@ -82,7 +82,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         "decoder with learned positions",
         lambda: hf.OPTForCausalLM(
             hf.OPTConfig(
-                vocab_size=96, hidden_size=64, ffn_dim=64, num_hidden_layers=2, word_embed_proj_dim=64, **HEADS, **TOKENS
+                vocab_size=96,
+                hidden_size=64,
+                ffn_dim=64,
+                num_hidden_layers=2,
+                word_embed_proj_dim=64,
+                **HEADS,
+                **TOKENS,
             )
         ),
         text(labels=IDS),
@@ -97,7 +103,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         "encoder with disentangled attention",
         lambda: hf.DebertaV2ForSequenceClassification(
             hf.DebertaV2Config(
-                **SMALL, **HEADS, pad_token_id=0, relative_attention=True, pos_att_type=["p2c", "c2p"], max_relative_positions=8
+                **SMALL,
+                **HEADS,
+                pad_token_id=0,
+                relative_attention=True,
+                pos_att_type=["p2c", "c2p"],
+                max_relative_positions=8,
             )
         ),
         text(labels=torch.tensor([0, 1])),
@@ -106,7 +117,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         "encoder-decoder",
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(
-                vocab_size=96, d_model=64, d_kv=32, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0, **TOKENS
+                vocab_size=96,
+                d_model=64,
+                d_kv=32,
+                d_ff=64,
+                num_layers=2,
+                num_heads=2,
+                decoder_start_token_id=0,
+                **TOKENS,
             )
         ),
         text(labels=IDS),
@@ -116,10 +134,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         "encoder-decoder with a scaled embedding",
         lambda: hf.BartForConditionalGeneration(
             hf.BartConfig(
-                vocab_size=96, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=32,
-                decoder_start_token_id=2, forced_eos_token_id=2, **TOKENS,
-            )  # fmt: skip
+                vocab_size=96,
+                d_model=64,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                max_position_embeddings=32,
+                decoder_start_token_id=2,
+                forced_eos_token_id=2,
+                **TOKENS,
+            )
         ),
         text(labels=IDS),
         also_float=("lm_head",),
@@ -136,7 +163,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vit": Architecture(
         "vision transformer",
         lambda: hf.ViTForImageClassification(
-            hf.ViTConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, image_size=32, patch_size=8, **HEADS)
+            hf.ViTConfig(
+                hidden_size=64, intermediate_size=64, num_hidden_layers=2, image_size=32, patch_size=8, **HEADS
+            )
         ),
         {"pixel_values": PIXELS, "labels": torch.tensor([0, 1])},
     ),
@@ -153,10 +182,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         "speech encoder with a weight-normed convolution",
         lambda: hf.Wav2Vec2ForSequenceClassification(
             hf.Wav2Vec2Config(
-                **SMALL, **HEADS, conv_dim=(32, 32), conv_stride=(5, 4), conv_kernel=(10, 8), num_conv_pos_embeddings=8,
-                num_conv_pos_embedding_groups=2, num_feat_extract_layers=2, classifier_proj_size=64, mask_time_prob=0.0,
+                **SMALL,
+                **HEADS,
+                conv_dim=(32, 32),
+                conv_stride=(5, 4),
+                conv_kernel=(10, 8),
+                num_conv_pos_embeddings=8,
+                num_conv_pos_embedding_groups=2,
+                num_feat_extract_layers=2,
+                classifier_proj_size=64,
+                mask_time_prob=0.0,
                 layerdrop=0.0,
-            )  # fmt: skip
+            )
         ),
         {"input_values": SOUND, "labels": torch.tensor([0, 1])},
     ),
@@ -164,11 +201,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         "speech encoder-decoder",
         lambda: hf.WhisperForConditionalGeneration(
             hf.WhisperConfig(
-                vocab_size=96, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=16,
-                max_source_positions=20, max_target_positions=32, decoder_start_token_id=1, begin_suppress_tokens=[],
+                vocab_size=96,
+                d_model=64,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                num_mel_bins=16,
+                max_source_positions=20,
+                max_target_positions=32,
+                decoder_start_token_id=1,
+                begin_suppress_tokens=[],
                 **TOKENS,
-            )  # fmt: skip
+            )
         ),
         {"input_features": MEL, "labels": IDS},
         also_float=("proj_out",),
@@ -177,9 +224,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         "state space",
         lambda: hf.MambaForCausalLM(
             hf.MambaConfig(
-                vocab_size=96, hidden_size=64, state_size=8, num_hidden_layers=2, time_step_rank=32, use_mambapy=False,
+                vocab_size=96,
+                hidden_size=64,
+                state_size=8,
+                num_hidden_layers=2,
+                time_step_rank=32,
+                use_mambapy=False,
                 **TOKENS,
-            )  # fmt: skip
+            )
         ),
         text(labels=IDS),
         # the mixer computes `self.dt_proj.weight @ time_step` itself
@@ -196,7 +248,11 @@ def recipe_for(model: nn.Module, case: Architecture, without: tuple[str, ...] = 
     weight = {"bits": 4, "quantizer": "lsq", "granularity": "group" if grouped else "channel"}
     rules: dict[str, Any] = {
         "everything": {"match": ["*"], "keep_float": True},
-        "weights": {"match": ["*"], "types": list(case.types), "weight": {**weight, "group_size": 32 if grouped else None}},
+        "weights": {
+            "match": ["*"],
+            "types": list(case.types),
+            "weight": {**weight, "group_size": 32 if grouped else None},
+        },
     }
     for index, name in enumerate((*case.also_float, *without)):
         rules[f"float{index}"] = {"match": [name, f"*.{name}"], "keep_float": True}
@@ -212,7 +268,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "modules": [(name, id(m)) for name, m in named],
         "training": [(name, m.training) for name, m in named],
         "hooks": [(name, key, list(getattr(m, key).items())) for name, m in named for key in hooks if getattr(m, key)],
-        "attributes": [(name, sorted(k for k in vars(m) if k != "_qat" and not k.endswith("_quantizer"))) for name, m in named],
+        "attributes": [(n, sorted(k for k in vars(m) if k != "_qat" and "_quantizer" not in k)) for n, m in named],
         "tied": (getattr(model, "_tied_weights_keys", None), getattr(model, "all_tied_weights_keys", None)),
         "keys": [k for k in model.state_dict() if "quantizer" not in k and "qat_state" not in k],
         "parameters": [
@@ -255,9 +311,8 @@ def prepared(model: nn.Module, case: Architecture) -> Plan:
     """Prepared with the generic recipe, minus the layers that the rehearsal has found to be bypassed."""
     recipe = recipe_for(model, case, case.bypassed)
     planned = qat.plan(model, recipe)
-    plan = qat.prepare(model, recipe)
-    assert [row.name for row in plan.rows] == [row.name for row in planned.rows]
-    return plan
+    assert qat.prepare(model, recipe).rows == planned.rows
+    return planned
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -279,10 +334,10 @@ def test_harmless(name: str, tmp_path: Path, record_property: Callable[[str, obj
     plan = prepared(model, case)
     assert plan.rows and snapshot(model) == before
     qat.rehearse(model, **case.inputs)
-    assert snapshot(model) == before and {k: v for k, v in model.state_dict().items() if k in values}.keys() == values.keys()
+    assert snapshot(model) == before
     seen.clear()
     loss = one_step(model, case.inputs)
-    assert abs(loss - float(y)) < 1.0 and set(seen) >= {"forward"}
+    assert abs(loss - float(y)) < 1.0 and set(seen) == {"forward", "backward"}
     learned = [p for m in model.modules() if isinstance(m, Quantizer) for p in m.learned()]
     assert learned and any(bool(p.detach().any()) for p in learned)
 

@@ -109,7 +109,7 @@ def test_a_record_survives_with_the_order_of_its_rules() -> None:
         (lambda r: torch.tensor(list(b'{"version": 1, "step": -1}'), dtype=torch.uint8), "damaged"),
         (lambda r: torch.tensor(list(b'{"version": 1, "dtypes": {"l": ["nope", 3]}}'), dtype=torch.uint8), "damaged"),
         (lambda r: torch.tensor(list(b'{"version": 1, "unknown": 3}'), dtype=torch.uint8), "damaged"),
-        (lambda r: torch.tensor(list(b'[1, 2]'), dtype=torch.uint8), "damaged"),
+        (lambda r: torch.tensor(list(b"[1, 2]"), dtype=torch.uint8), "damaged"),
         (lambda r: torch.tensor(list(b'{"version": 9, "new": 3}'), dtype=torch.uint8), "version 9"),
     ],
 )

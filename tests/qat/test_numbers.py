@@ -279,7 +279,9 @@ def test_stored_scales_survive_a_cast_of_the_module(scale: str) -> None:
     """bf16-true casts every buffer: searched and frozen scales are sums of bf16 numbers, so nothing is lost."""
     w = torch.randn(4, 16)
     for name in ("mse", "lsq"):
-        quantizer = make_quantizer(QuantSpec(4, False, zero_point="float", scale=scale, quantizer=name), Layout((4, 16)))
+        quantizer = make_quantizer(
+            QuantSpec(4, False, zero_point="float", scale=scale, quantizer=name), Layout((4, 16))
+        )
         quantizer.init_from(w)
         before = quantizer.integers(w)
         after = quantizer.to(torch.bfloat16).integers(w)
@@ -290,7 +292,9 @@ def test_stored_scales_survive_a_cast_of_the_module(scale: str) -> None:
 def test_a_moving_range(recipe: Any) -> None:
     from qat.quantizers.ema import MOMENTUM
 
-    quantizer: Any = make_quantizer(QuantSpec(8, False, False, "tensor", None, "int", "fp32", "ema"), Layout((1, 1), "tokens"))
+    quantizer: Any = make_quantizer(
+        QuantSpec(8, False, False, "tensor", None, "int", "fp32", "ema"), Layout((1, 1), "tokens")
+    )
     low, high = 0.0, 0.0
     for step, (now_low, now_high) in enumerate([(-1.0, 1.0), (-2.0, 5.0), (-0.5, 0.5)]):
         quantizer.observe(torch.tensor([[now_low, now_high]]))

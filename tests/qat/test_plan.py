@@ -98,7 +98,9 @@ def test_a_rule_that_matches_nothing_names_the_nearest_layers(recipe: Any) -> No
 
 def test_refusals(recipe: Any) -> None:
     refused("'Linaer' is not a type that can be quantized; did you mean 'Linear'", recipe(types=["Linaer"]))
-    refused("group_size=48 does not divide the 64 inputs of a row; use one of", recipe(granularity="group", group_size=48))
+    refused(
+        "group_size=48 does not divide the 64 inputs of a row; use one of", recipe(granularity="group", group_size=48)
+    )
     refused("rules.all matches no layer .*none at all", recipe(), nn.Sequential(nn.LayerNorm(3)))
     optional = {"all": {"weight": W4, "optional": True}}
     refused("no rule quantizes any layer of this model", recipe(rules=optional), nn.Sequential(nn.LayerNorm(3)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +110,20 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(llama_folder: Path, text
     trained(tmp_path / "cut", "train.max_steps=4")
     resumed = trained(tmp_path / "cut", "train.max_steps=7", f"train.resume={tmp_path}/cut/checkpoints/last.ckpt")
     assert resumed == whole
+
+
+def test_the_other_lightning_is_used_where_it_was_imported_first(
+    llama_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    overrides = [f"train.model={llama_folder}", f"train.data=['{text_file}']", f"train.out={tmp_path / 'run'}"]
+    overrides += ["train.max_steps=2", "train.seq_len=16", "train.val_every=2", "train.accelerator=cpu"]
+    code = (
+        "import sys, pytorch_lightning\n"
+        "from qat.recipes import load_recipe\n"
+        "from qat.tasks import run\n"
+        f"results = run(load_recipe('w4_gguf_q4_0', {overrides!r}))\n"
+        "assert set(results['exports']) == {'gguf'}\n"
+        "assert 'lightning.pytorch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

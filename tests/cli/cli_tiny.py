@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,3 +69,22 @@ def check_refusal(code: int, error: str, says: str | tuple[str, ...]) -> None:
     assert error.startswith("qat: ") and error.count("\n") == 1 and error.endswith("\n"), error
     for part in (says,) if isinstance(says, str) else says:
         assert part in error, f"{part!r} is not in {error!r}"
+
+
+def copied(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def edited(folder: Path, **changes: Any) -> None:
+    """config.json of `folder` with changes; None removes a key."""
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("unpickled",)
