@@ -3,10 +3,9 @@
     python benchmarks/demo_seeds.py            three seeds -> benchmarks/results/demo.json
     python benchmarks/demo_seeds.py --render   the file again, from the runs that are there
 
-Two runs side by side with one thread each: a model this small gains next to nothing from a second thread. For every
-seed: KL(float || QAT) below that of rounding on the same grid, at 4 and at 2 bits; KL(trained || llama.cpp on the
-file) at most 1.5 times that of the float model's Q8_0 file; every packed tensor decoded with difference 0. Exits with 1
-if one of them does not hold.
+Two runs side by side, each with one thread. For every seed: KL(float || QAT) below that of rounding on the same grid,
+at 4 and at 2 bits; KL(trained || llama.cpp on the file) at most 1.5 times that of the float model's Q8_0 file; every
+packed tensor decoded with difference 0. Exits with 1 if one of them does not hold.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ Mutations that were tried one at a time, and the test that turned red for each:
     dequantize() casts the scale before the product                 test_law_for_weights
     integers() stores every scale as bf16                           test_law_for_weights
     integers() accepts NaN / a NaN reaches the scale                test_numbers_that_are_not_finite
-    portable scales beyond fp16's range                             test_law_for_weights
-    experts_t rows not permuted                                     test_law_for_every_layout
+    portable scales beyond fp16's range                             test_numbers_that_are_not_finite, test_numbers.py
+    portable minima not numbers of fp16 / experts_t not permuted    test_numbers.py
 
 What forward and integers() share cannot break the law (a wrong rounding is wrong in both): those mutations are the
 business of tests/fake_quant_kernels/test_affine.py.
