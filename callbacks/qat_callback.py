@@ -28,9 +28,8 @@ from qat.callbacks.lightning import AnyCallback, is_a, overrides
 from qat.callbacks.patches import Patch
 from qat.callbacks.selection import forget_best_scores
 from qat.errors import QATError, RecipeError, refuse_if
-from qat.layers import layer_quantizers
 from qat.plan import Plan
-from qat.prepare import forget_observed, qat_layers
+from qat.prepare import forget_observed, learned_scales, missing_from
 from qat.recipes import load_recipe
 from qat.recipes.schema import Recipe
 from qat.state import CHILD, require_state, state_of
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _RECORD = "qat_record"
+# % of the parameters below which a plain script is told what its recipe covers
+_LOW_COVERAGE = 50.0
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
@@ -69,12 +70,14 @@ class QATCallback(AnyCallback):
         self.plan: Plan | None = None
         self._patches: list[Patch] = []
         self._counter: Any = None
-        self._warned = False
+        self._warned = self._told = False
 
     # ---- structure -------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         _refuse_callbacks(trainer, self)
+        if stage == "fit":
+            _warn_of_what_is_missing(trainer, self.recipe)
         self._undo()
         late = overrides(pl_module, "setup") or overrides(pl_module, "configure_model")
         try:
@@ -98,10 +101,13 @@ class QATCallback(AnyCallback):
     def _prepare(self, pl_module: LightningModule) -> None:
         self.plan = qat.prepare(pl_module, self.recipe)
         refuse_if(target_reasons(self.plan, self.recipe), f"recipe {self.recipe.name!r}: export.targets", QATError)
+        if self.plan.coverage < _LOW_COVERAGE and not self._told:
+            log.warning("recipe %r: only %s", self.recipe.name, self.plan.summary)
+        self._told = True
 
     def _patch_steps(self, pl_module: LightningModule) -> None:
         if getattr(pl_module, "_compiler_ctx", None) is not None or _holds_compiled(pl_module):
-            log.info("the module is compiled: the rehearsal that looks for weights used in float is skipped")
+            log.warning("the module is compiled: the rehearsal that looks for weights used in float is skipped")
             return
         for name in _STEPS:
             if overrides(pl_module, name):
@@ -114,7 +120,7 @@ class QATCallback(AnyCallback):
             patch.undo()
             self._patches.remove(patch)
         if any(hasattr(weight, "placements") for weight in planned_weights(pl_module).values()):
-            log.info("weights are sharded: the rehearsal that looks for weights used in float is skipped")
+            log.warning("weights are sharded: the rehearsal that looks for weights used in float is skipped")
             return original(*args, **kwargs)
         with watched(pl_module):
             return original(*args, **kwargs)
@@ -129,7 +135,7 @@ class QATCallback(AnyCallback):
         weights = checkpoint.get("state_dict")
         if trainer.state.fn != "fit" or not weights or not checkpoint.get("optimizer_states"):
             return
-        if _learned(pl_module) and not any(key.endswith(f"{CHILD}._extra_state") for key in weights):
+        if learned_scales(pl_module) and not any(key.endswith(f"{CHILD}._extra_state") for key in weights):
             raise QATError(
                 "this is the checkpoint of a float run, whose optimizer knows no scales; load its weights before fit "
                 "(module.load_state_dict(torch.load(path)['state_dict'])) instead of giving ckpt_path"
@@ -216,6 +222,20 @@ def _refuse_callbacks(trainer: Trainer, own: QATCallback) -> None:
             )
 
 
+def _warn_of_what_is_missing(trainer: Trainer, recipe: Recipe) -> None:
+    """A recipe's wishes that other callbacks fulfil; `qat train` adds them by itself."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    listed = {cls.__name__ for callback in callbacks for cls in type(callback).__mro__}
+    if recipe.distill.enabled and "DistillationCallback" not in listed:
+        log.warning(
+            "recipe %r asks for distillation from the float model, most of its quality, but the trainer "
+            "has no DistillationCallback: only the loss of training_step is learned",
+            recipe.name,
+        )
+    if recipe.export.targets and "ExportCallback" not in listed:
+        log.info("recipe %r has export targets; ExportCallback(folder) writes them at the end", recipe.name)
+
+
 def target_reasons(plan: Plan, recipe: Recipe) -> list[str]:
     """Why the recipe's export targets could not hold the planned grids; empty means they can."""
     if not recipe.export.targets:
@@ -240,12 +260,6 @@ def _owned(optimizer: Any) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _learned(pl_module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameter name -> learned scale."""
-    learned = {id(p) for layer in qat_layers(pl_module).values() for q in layer_quantizers(layer) for p in q.learned()}
-    return {name: parameter for name, parameter in pl_module.named_parameters() if id(parameter) in learned}
-
-
 def _refuse_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
     """Every scale that is to be learned has to be in some optimizer."""
     optimizers = _optimizers(trainer)
@@ -253,8 +267,7 @@ def _refuse_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
         raise QATError(
             f"{type(pl_module).__name__}.configure_optimizers gives no optimizer; quantization-aware training needs one"
         )
-    owned = set().union(*(_owned(optimizer) for optimizer in optimizers))
-    missing = [name for name, p in _learned(pl_module).items() if p.requires_grad and id(p) not in owned]
+    missing = missing_from(pl_module, optimizers)
     if missing:
         raise QATError(
             f"{len(missing)} learned scales are in no optimizer, {missing[0]} for one; give configure_optimizers "
@@ -265,7 +278,7 @@ def _refuse_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
 def owner_of_planned(trainer: Trainer, pl_module: LightningModule) -> torch.optim.Optimizer:
     """The optimizer whose steps the schedule counts: the one with the most planned weights, or learned scales."""
     weights = {id(weight) for weight in planned_weights(pl_module).values()}
-    scales = set(map(id, _learned(pl_module).values()))
+    scales = set(map(id, learned_scales(pl_module).values()))
     optimizers = _optimizers(trainer)
     for wanted in (weights, scales):
         counts = [len(_owned(optimizer) & wanted) for optimizer in optimizers]

@@ -134,7 +134,8 @@ def watched(model: nn.Module) -> Iterator[None]:
         name, op = next(iter(watch.found.items()))
         raise QATError(
             f"{name} is planned for quantization but {op} reads it in float ({len(watch.found)} such weights): the "
-            "module around it bypasses the layer's own forward; list the layer with keep_float: true, or call it there"
+            "module around it bypasses the layer's own forward; list the layer with keep_float: true, or call it there "
+            "(a penalty on the weights in training_step is meant? then QATCallback(..., rehearse=False))"
         )
 
 

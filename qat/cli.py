@@ -20,7 +20,7 @@ from qat import __version__
 from qat.errors import ExportError, QATError
 
 if TYPE_CHECKING:
-    from qat.plan import Plan
+    from qat.convert import Bundle
     from qat.recipes import Recipe
 
 DEBUG = "QAT_DEBUG"
@@ -108,7 +108,13 @@ def recipes(
 
 
 @app.command()
-def plan(recipe: RecipeArgument, model: Model, overrides: Overrides = None) -> None:
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="A Hugging Face model folder; else train.model.")
+    ] = None,
+) -> None:
     """What a recipe makes of a model: layer by layer, coverage, bytes, and whether the export formats hold it.
 
     The weights are not read, so this is quick for a model of any size.
@@ -116,12 +122,17 @@ def plan(recipe: RecipeArgument, model: Model, overrides: Overrides = None) -> N
     from qat.recipes import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from qat.hf import empty_model
-    from qat.plan import make_plan
+    folder = model or loaded.train.model
+    if folder is None:
+        raise QATError("there is no model to plan; give train.model=DIR or --model DIR")
+    import qat
+    from qat.hf import empty_model, has_tokenizer, load_tokenizer
 
-    found = make_plan(empty_model(model, meta=True), loaded)
+    empty = empty_model(folder, meta=True)
+    found = qat.prepare(empty, loaded, search=False)
     print(found.render().rstrip())
-    _targets(found, loaded)
+    words = load_tokenizer(folder) if has_tokenizer(folder) else None
+    _targets(qat.convert(empty, require_final=False), words, loaded)
 
 
 @app.command()
@@ -153,6 +164,7 @@ def train(
     for name, value in results["metrics"].items():
         table.add_row(name, f"{value:.5g}")
     _show(table)
+    print(results["plan"].rstrip().rpartition("\n")[2])
     for name, folder in results["exports"].items():
         print(f"{name}: {folder}")
     print(f"report: {Path(results['out']) / 'report.html'}")
@@ -247,13 +259,13 @@ def _bits(recipe: Recipe) -> str:
     return shown + ("A" + "/".join(map(str, inputs)) if inputs else "")
 
 
-def _targets(found: Plan, recipe: Recipe) -> None:
-    """Say for every format whether it holds the plan; raises ExportError if one of the recipe's own does not."""
+def _targets(found: Bundle, tokenizer: Any, recipe: Recipe) -> None:
+    """Say for every format whether it holds the model; raises ExportError if one of the recipe's own does not."""
     from qat.export import all_formats, get_format
 
     refused = []
     for name in sorted({*all_formats(), *recipe.export.targets}):
-        reasons = get_format(name).check(found)
+        reasons = get_format(name).check(found, tokenizer)
         wanted = name in recipe.export.targets
         print(f"{name}{' (target)' if wanted else ''}: {'; '.join(reasons) if reasons else 'holds every grid exactly'}")
         if reasons and wanted:

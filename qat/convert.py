@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qat.errors import ExportError, QATError
 from qat.layers import QATLayer, input_quantizer, weight_quantizers
-from qat.plan import Plan
+from qat.plan import Plan, deployed, has_config
 from qat.prepare import apply_schedule, full, prepare, qat_layers, remember_dtypes, schedule_of, whole_quantizer
 from qat.qtensor import QTensor
 from qat.quantizers import Fields, Quantizer
@@ -39,9 +39,9 @@ class Bundle(Mapping[str, QTensor]):
     def __init__(self, model: nn.Module, weights: str = "last") -> None:
         state = require_state(model)
         root = next(name for name, module in model.named_modules() if module is state)[: -len(CHILD)]
-        inner, self.module = _deployed(model)
+        inner, self.module = deployed(model)
         self.prefix = inner.removeprefix(root)
-        self.config: Any = getattr(self.module, "config", None) if _has_config(self.module) else None
+        self.config: Any = getattr(self.module, "config", None) if has_config(self.module) else None
         self.plan: Plan = state.known_plan()
         self.recipe: dict[str, Any] = state.record.recipe
         self.step: int = state.record.step
@@ -138,18 +138,6 @@ class _Floats(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._found)
-
-
-def _has_config(module: nn.Module) -> bool:
-    return hasattr(getattr(module, "config", None), "model_type")
-
-
-def _deployed(model: nn.Module) -> tuple[str, nn.Module]:
-    """(prefix, module): the outermost module with a Hugging Face config, else the model itself."""
-    for name, module in model.named_modules():
-        if _has_config(module):
-            return (f"{name}." if name else ""), module
-    return "", model
 
 
 def convert(model: nn.Module, *, weights: str = "last", require_final: bool = True) -> Bundle:

@@ -69,6 +69,15 @@ class Plan:
         packed = sum(row.params * row.weight.bits_per_weight(row.columns) / 8 for row in self.rows if row.weight)
         return round(packed) + self.float_bytes
 
+    @property
+    def summary(self) -> str:
+        """One line: coverage, layers, size."""
+        return (
+            f"{self.coverage:.2f} % of {self.total_params:,} parameters on a grid; "
+            f"{len(self.rows)} layers quantized, {len(self.float_rows)} left in float; "
+            f"expected size {self.bytes:,} bytes (tensors, without header and tokenizer)"
+        )
+
     def render(self) -> str:
         """A table: layer, type, rule, specs, parameters; then coverage and size."""
         from rich.console import Console
@@ -84,11 +93,7 @@ class Plan:
             table.add_row(*cells, f"{row.params:,}")
         console = Console(width=160, record=True, file=io.StringIO())
         console.print(table)
-        console.print(
-            f"{self.coverage:.2f} % of {self.total_params:,} parameters on a grid; "
-            f"{len(self.rows)} layers quantized, {len(self.float_rows)} left in float; "
-            f"expected size {self.bytes:,} bytes"
-        )
+        console.print(self.summary)
         return console.export_text()
 
 
@@ -97,14 +102,28 @@ def spec_of(slot: Slot) -> QuantSpec:
     return QuantSpec(**slot.spec_fields())
 
 
-def matches(rule: Rule, name: str, types: tuple[str, ...]) -> bool:
-    """Whether the rule's patterns hit a module of that name and type."""
+def matches(rule: Rule, names: tuple[str, ...], types: tuple[str, ...]) -> bool:
+    """Whether the rule's patterns hit a module that has one of these names and types."""
     if rule.types and not set(rule.types) & set(types):
         return False
     return any(
         re.fullmatch(pattern[3:], name) is not None if pattern.startswith("re:") else fnmatchcase(name, pattern)
         for pattern in rule.match
+        for name in names
     )
+
+
+def has_config(module: nn.Module) -> bool:
+    """Whether a module is a Hugging Face model."""
+    return hasattr(getattr(module, "config", None), "model_type")
+
+
+def deployed(model: nn.Module) -> tuple[str, nn.Module]:
+    """(prefix, module): the outermost module with a Hugging Face config, else the model itself."""
+    for name, module in model.named_modules():
+        if has_config(module):
+            return (f"{name}." if name else ""), module
+    return "", model
 
 
 def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
@@ -113,6 +132,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     Raises QATError: a rule that matches nothing (unless optional), a spec that a layer cannot hold, a module that would
     bypass its own forward, tied weights under different rules, or (recipe.strict) a layer left in float unlisted.
     """
+    prefix, _ = deployed(model)
     parents = {id(child): module for module in model.modules() for child in module.children()}
     rows: list[PlanRow] = []
     problems: list[str] = []
@@ -122,7 +142,9 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
             if asked not in TYPES and not rule.keep_float:
                 problems.append(f"rules.{name}.types: {asked!r} {_no_type(asked)}")
     for name, module in model.named_modules():
-        row = _resolve(name, module, recipe, used)
+        # a rule may name a layer as the whole module does or as the model inside it, so that a recipe means the same
+        # for a bare model and for the LightningModule that trains it
+        row = _resolve((name, name.removeprefix(prefix)), module, recipe, used)
         if row is None:
             continue
         if row.quantized:
@@ -144,13 +166,18 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
                 "give them a rule, or list them with keep_float: true"
             )
     if not quantized and not problems:
-        problems.append("no rule quantizes any layer of this model; check rules.*.match and rules.*.types")
+        kinds = Counter(row.type for row in left if row.kinds)
+        present = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
+        problems.append(
+            "no rule quantizes any layer of this model; check rules.*.match and rules.*.types "
+            f"(layers that could be quantized: {present})"
+        )
     if problems:
         raise QATError(f"recipe {recipe.name!r} does not fit {type(model).__name__}: {_some(problems, '; ')}")
     return _totals(model, recipe, quantized, left)
 
 
-def _resolve(name: str, module: nn.Module, recipe: Recipe, used: Counter[str]) -> PlanRow | None:
+def _resolve(names: tuple[str, ...], module: nn.Module, recipe: Recipe, used: Counter[str]) -> PlanRow | None:
     """The row of one module, or None if it is not a layer that rules speak of."""
     entry = layer_type(module)
     near = listed_name(module)
@@ -158,9 +185,9 @@ def _resolve(name: str, module: nn.Module, recipe: Recipe, used: Counter[str]) -
         return None
     kind = entry[0] if entry else (near or "")
     why = "its forward is its own" if near else "no layer that can be quantized"
-    row = PlanRow(name, original_class(module).__name__, None, None, None, 0, listed=False)
+    row = PlanRow(names[0], original_class(module).__name__, None, None, None, 0, listed=False)
     for rule_name, rule in recipe.rules.items():
-        if not matches(rule, name, (kind, original_class(module).__name__)):
+        if not matches(rule, names, (kind, original_class(module).__name__)):
             continue
         used[rule_name] += 1
         if rule.keep_float:

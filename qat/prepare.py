@@ -10,7 +10,7 @@ Everything that is not about *when* lives here; the Lightning callback and a han
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
@@ -286,9 +286,20 @@ def _freeze(model: nn.Module, state: QATState, freeze: bool) -> None:
 
 
 @torch.no_grad()
-def after_optimizer_step(model: nn.Module) -> State:
-    """Count one optimizer step: ranks agree on observed ranges, ranges move, the schedule goes on."""
+def after_optimizer_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> State:
+    """Count one optimizer step: ranks agree on observed ranges, ranges move, the schedule goes on.
+
+    Given the optimizers of a hand-written loop, the first call raises QATError if a learned scale is in none of them.
+    """
     state = require_state(model)
+    if optimizers and not state.checked:
+        missing = missing_from(model, optimizers)
+        if missing:
+            raise QATError(
+                f"{len(missing)} learned scales are in no optimizer, {missing[0]} for one; build the optimizer after "
+                "qat.prepare(model, recipe), from model.parameters()"
+            )
+        state.checked = True
     watching = [q for layer in qat_layers(model).values() if (q := input_quantizer(layer)) is not None]
     scratch: list[Tensor] = [q.scratch for q in watching if isinstance(getattr(q, "scratch", None), Tensor)]  # type: ignore[misc]
     if scratch and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -307,6 +318,18 @@ def after_optimizer_step(model: nn.Module) -> State:
         for quantizer in watching:
             quantizer.restart()
     return now
+
+
+def learned_scales(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameter name -> learned scale."""
+    learned = {id(p) for layer in qat_layers(model).values() for q in layer_quantizers(layer) for p in q.learned()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in learned}
+
+
+def missing_from(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:
+    """Names of learned scales that none of the optimizers moves: one was built before `prepare`, or left them out."""
+    owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return [name for name, p in learned_scales(model).items() if p.requires_grad and id(p) not in owned]
 
 
 def forget_observed(model: nn.Module) -> None:

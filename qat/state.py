@@ -56,6 +56,8 @@ class QATState(nn.Module):
         self.plan: Plan | None = None
         self.schedule: Schedule | None = None
         self.applied: State | None = None
+        # the optimizers of a hand-written loop were found to hold every learned scale
+        self.checked = False
         # True once a checkpoint with quantizer state was loaded into this model
         self.restored = False
         # set by prepare: brings the layers to the step of a record that was loaded

@@ -27,6 +27,7 @@ LAYERS = {
     "distill": 3,
     "export": 3,
     "fold": 3,
+    "health": 3,
     "hf": 3,
     "init": 3,
     "layers": 3,

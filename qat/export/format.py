@@ -1,9 +1,9 @@
 """`Format`: how a Bundle lies in a file. A format registers by living in `qat/export/formats/`.
 
-    check(plan or bundle)       why it cannot be written; empty means it can
-    pack / unpack               one QTensor to the tensors of the file, and our own inverse
-    write(stream, folder)       the files, tensor by tensor
-    read(folder)                (name, weight) as the consumer's own code computes it
+check(plan or bundle)       why it cannot be written; empty means it can
+pack / unpack               one QTensor to the tensors of the file, and our own inverse
+write(stream, folder)       the files, tensor by tensor
+read(folder)                (name, weight) as the consumer's own code computes it
 """
 
 from __future__ import annotations

@@ -34,12 +34,12 @@ _REGEXES = {
 SAMPLES = (
     "Hello, world!  It's 3.14159 and 1234567 -- isn't it?",
     "def f(x: int) -> list[str]:\n    return [str(i) for i in range(x)]\n\n\n",
-    "\tif a != b:\r\n\t\traise ValueError(f\"{a!r} is not {b!r}\")  # WE'LL SEE\n",
+    '\tif a != b:\r\n\t\traise ValueError(f"{a!r} is not {b!r}")  # WE\'LL SEE\n',
     "   leading, trailing   \n \n  and\u00a0hard spaces\u3000too ",
     "\u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093 \u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627",
     "caf\u00e9 na\u00efve \u00dcbergr\u00f6\u00dfe",
     "emoji \U0001f600\U0001f44d\U0001f3fd, math \u2200x\u2208\u211d: \u221ax\u00b2=|x|, \u00bd \u2163 \u0663\u0664",
-    "__init__ self.x1y2 0x1F 1e-5 a_b-c+d*e/f%g **kwargs @dec <tag/> {\"k\": [1,2,3]}\\n",
+    '__init__ self.x1y2 0x1F 1e-5 a_b-c+d*e/f%g **kwargs @dec <tag/> {"k": [1,2,3]}\\n',
 )
 
 

@@ -247,12 +247,13 @@ def test_output_folder_is_in_the_way(train: Refused, tmp_path: Path, data: Path)
     ("arguments", "says"),
     [
         (["plan", "no.yaml", "--model", "."], "no.yaml"),
+        (["plan", "w8a8"], "train.model=DIR"),
         (["plan", "w8a8", "--model", "."], "config.json"),
         (["verify", "."], "qat_receipt.json"),
         (["train", "w8a8"], "train.model"),
         (["nothing"], "nothing"),
     ],
-    ids=["recipe", "model", "folder", "train", "command"],
+    ids=["recipe", "no model", "folder", "verify", "train", "command"],
 )
 def test_process(tmp_path: Path, arguments: list[str], says: str) -> None:
     """Warnings of libraries, logging and exit handlers would show up here only."""

@@ -83,7 +83,6 @@ def test_override(refused: Refused, llama: Path, recipe_file: Path, override: st
 ARGUMENTS = [
     (["plna"], "plna"),
     (["plan"], "RECIPE"),
-    (["plan", "w8a8"], "--model"),
     (["plan", "w8a8", "--modle", "x"], "--modle"),
     (["export", "x.ckpt", "--model", "x"], "--out"),
     (["verify"], "FOLDER"),

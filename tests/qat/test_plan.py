@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 import qat
-from qat.plan import matches
+from qat.errors import QATError
+from qat.plan import make_plan, matches
 from qat.recipes import Rule
 
 
@@ -53,7 +55,7 @@ def bits(plan: qat.Plan) -> dict[str, int]:
     ],
 )
 def test_matches(match: list[str], types: list[str], hit: bool) -> None:
-    assert matches(Rule(match=match, types=types), "blocks.0.up", ("Linear", "Linear")) is hit
+    assert matches(Rule(match=match, types=types), ("blocks.0.up",), ("Linear", "Linear")) is hit
 
 
 def test_later_rules_replace_slots(recipe: Any) -> None:
@@ -170,3 +172,32 @@ def test_tied_to_a_layer_that_is_not_listed(recipe: Any) -> None:
     model["a"] = Scaled(8, 8)
     model["b"].weight = model["a"].weight
     refused(r"a: float, b: int4", recipe(), model)
+
+
+class _Inside(nn.Module):
+    """A Hugging Face-like model inside a training module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.net.config = SimpleNamespace(model_type="any")  # type: ignore[assignment]
+
+
+def test_a_recipe_means_the_same_for_a_model_and_for_the_module_around_it(recipe: Any) -> None:
+    """Mutation: `names = (name, name)` in make_plan, and `last` is quantized in the module only."""
+    rules = {"all": {"types": ["Linear"], "weight": W4}, "last": {"match": ["1"], "keep_float": True, "optional": True}}
+    outer = _Inside()
+    bare = [(row.name, row.weight) for row in make_plan(outer.net, recipe(rules=rules)).rows]
+    around = [(row.name.removeprefix("net."), row.weight) for row in make_plan(outer, recipe(rules=rules)).rows]
+    assert bare == around
+    assert [name for name, _ in bare] == ["0"]
+
+
+def test_a_loop_whose_optimizer_lacks_the_scales_is_told(recipe: Any) -> None:
+    """Mutation: `if optimizers and not state.checked` -> `if False`."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    early = torch.optim.SGD(model.parameters(), lr=0.1)
+    qat.prepare(model, recipe())
+    with pytest.raises(QATError, match=r"1 learned scales are in no optimizer, 0\.weight_quantizer\.theta"):
+        qat.after_optimizer_step(model, early)
+    qat.after_optimizer_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
