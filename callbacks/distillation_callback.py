@@ -10,6 +10,7 @@ validation       the same loss on the validation batches is logged: the live gap
 from __future__ import annotations
 
 import logging
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from qat.callbacks.patches import Patch
 from qat.callbacks.qat_callback import QATCallback
 from qat.distill import LOSSES, Tap, attach, detach, fingerprint, freeze, frozen_copy, module_to_distil
 from qat.errors import QATError
+from qat.hf import load_model
 from qat.prepare import qat_layers
 from qat.state import require_state
 
@@ -34,8 +36,8 @@ class DistillationCallback(AnyCallback):
 
     loss         kl (logits) | mse | cosine (embeddings); see `qat.distill`
     temperature  of both softmaxes, kl only
-    teacher      None: the float module itself, as it is when fit begins. A module, or a folder from which the class
-                 of the module to distil loads itself (`from_pretrained`)
+    teacher      None: the float module itself, as it is when fit begins. A module, or the folder of a transformers
+                 model of the class of the module to distil: safetensors, read from the disk alone
     module       name of the module to distil; None: the outermost child that holds all planned layers
     validate     log `val_distill_loss` over the validation batches
 
@@ -49,7 +51,7 @@ class DistillationCallback(AnyCallback):
         loss: str = "kl",
         weight: float = 1.0,
         temperature: float = 1.0,
-        teacher: nn.Module | str | None = None,
+        teacher: nn.Module | str | PathLike[str] | None = None,
         module: str | None = None,
         *,
         validate: bool = True,
@@ -106,13 +108,7 @@ class DistillationCallback(AnyCallback):
         elif isinstance(self.teacher, nn.Module):
             self._frozen = freeze(self.teacher)
         else:
-            load = getattr(type(student), "from_pretrained", None)
-            if load is None:
-                raise QATError(
-                    f"teacher={self.teacher!r}: {type(student).__name__} has no from_pretrained; load the teacher and "
-                    "give the module"
-                )
-            self._frozen = freeze(load(self.teacher))
+            self._frozen = freeze(_from_folder(self.teacher, student))
         self._fingerprint = fingerprint(self._frozen)
         log.info("teacher of %s: %s", name or "the module", self._fingerprint[:12])
 
@@ -204,3 +200,20 @@ class DistillationCallback(AnyCallback):
         if self._tapped is not None:
             detach(self._tapped)
         self._tapped = self._tap = None
+
+
+def _from_folder(folder: str | PathLike[str], student: nn.Module) -> nn.Module:
+    """The model of the folder, of the student's class; raises QATError for a class that is not transformers' own."""
+    name = type(student).__name__
+    if type(student).__module__.partition(".")[0] != "transformers":
+        raise QATError(
+            f"teacher={str(folder)!r}: {name} is no class of transformers, which alone is loaded from a folder; load "
+            "the teacher and give the module"
+        )
+    try:
+        teacher = load_model(folder, auto=name)
+    except QATError as problem:
+        raise QATError(f"teacher={str(folder)!r}: {problem}") from None
+    if getattr(student, "loss_type", None) is not None:
+        teacher.loss_type = student.loss_type
+    return teacher

@@ -22,6 +22,8 @@ from qat.callbacks.qat_callback import AVERAGING, QATCallback
 from qat.errors import ExportError, QATError
 from qat.export import Receipt, export, get_format, rehearse_export
 from qat.export.atomic import refuse_target
+from qat.recipes import Recipe
+from qat.schedule import Schedule
 from qat.state import require_state
 
 if TYPE_CHECKING:
@@ -87,6 +89,11 @@ class ExportCallback(AnyCallback):
             )
         if self.weights == "best":
             _refuse_best(trainer)
+        if trainer.max_steps > 0 and not getattr(trainer, "fast_dev_run", False):
+            recipe = next(callback.recipe for callback in callbacks if isinstance(callback, QATCallback))
+            # a module that was trained before goes on counting
+            done = require_state(pl_module).record.step if qat.is_prepared(pl_module) else 0
+            refuse_short(recipe, done + trainer.max_steps)
         for target in self._targets(callbacks).values():
             if trainer.is_global_zero:
                 refuse_target(target.absolute(), self.overwrite)
@@ -135,6 +142,20 @@ class ExportCallback(AnyCallback):
         finally:
             pl_module.load_state_dict(kept)
             qat.apply_schedule(pl_module)
+
+
+def refuse_short(recipe: Recipe, steps: int) -> None:
+    """Raises QATError if after `steps` optimizer steps the phases have not brought the quantization fully on."""
+    first = Schedule(recipe).first_final_step()
+    if first is not None and steps >= first:
+        return
+    phases = ", ".join(f"{name} (steps {phase.steps}, ramp {phase.ramp})" for name, phase in recipe.phases.items())
+    if first is None:
+        raise QATError(f"phases: {phases}: none of them brings the quantization fully on, so nothing can be exported")
+    raise QATError(
+        f"max_steps={steps} ends before the phases {phases} bring the quantization fully on at step {first}, so "
+        f"nothing could be exported; train for {first} steps or more, or shorten the phases"
+    )
 
 
 def _monitored(trainer: Trainer) -> Any:

@@ -29,7 +29,7 @@ from qat.callbacks.patches import Patch
 from qat.callbacks.selection import forget_best_scores
 from qat.errors import QATError, RecipeError, refuse_if
 from qat.plan import Plan
-from qat.prepare import forget_observed, learned_scales, missing_from
+from qat.prepare import follow, forget_observed, learned_scales, missing_from
 from qat.recipes import load_recipe
 from qat.recipes.schema import Recipe
 from qat.state import CHILD, require_state, state_of
@@ -171,6 +171,8 @@ class QATCallback(AnyCallback):
     def _stepped(self, trainer: Trainer, pl_module: LightningModule) -> None:
         before = qat.apply_schedule(pl_module)
         now = qat.after_optimizer_step(pl_module)
+        for copy in _averaged(trainer, pl_module):
+            follow(copy, before, now)
         if now.final and not before.final:
             forget_best_scores(trainer)
 
@@ -298,10 +300,15 @@ def owner_of_planned(trainer: Trainer, pl_module: LightningModule) -> torch.opti
     return owner  # type: ignore[no-any-return]
 
 
+def _averaged(trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:
+    """The prepared copies of the module that other callbacks average."""
+    copies = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return [
+        copy for copy in copies if isinstance(copy, nn.Module) and copy is not pl_module and state_of(copy) is not None
+    ]
+
+
 def _share_record(trainer: Trainer, pl_module: LightningModule) -> None:
     """Averaged copies of the module save their own state; let them tell the step and dtypes of the live one."""
-    record = require_state(pl_module).record
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        copy = getattr(callback, "_average_model", None)
-        if isinstance(copy, nn.Module) and copy is not pl_module and (state := state_of(copy)) is not None:
-            state.record = record
+    for copy in _averaged(trainer, pl_module):
+        require_state(copy).record = require_state(pl_module).record

@@ -66,8 +66,16 @@ def table(environment: dict[str, Any], rows: list[Row]) -> str:
         cells = ["" if value is None else number(value) for value in found]
         lines.append(f"| {case} | {tool} | " + " | ".join(cells) + " |")
     measured = ", ".join(f"{name} {value}" for name, value in environment.items() if not isinstance(value, dict | list))
-    lines += ["", f"↓ lower is better, ↑ higher is better. Measured by `make demo` with {measured}."]
+    lines += ["", f"↓ lower is better, ↑ higher is better. {source(environment)} with {measured}."]
     return "\n".join(lines)
+
+
+def source(environment: dict[str, Any]) -> str:
+    """What the figures are and which command measures them; `seeds` are those of a file with means."""
+    seeds = str(environment.get("seeds", "")).split()
+    if not seeds:
+        return "Measured by `make demo`"
+    return f"Mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}, measured by `python benchmarks/demo_seeds.py`"
 
 
 def block(results: Path) -> str:

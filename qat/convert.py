@@ -108,7 +108,8 @@ class Bundle(Mapping[str, QTensor]):
                 fields = None
                 if quantizer.static_activations:
                     device = next(quantizer.buffers()).device
-                    with whole_quantizer(quantizer), torch.no_grad():
+                    known = self._dtypes.get(name)
+                    with whole_quantizer(quantizer, getattr(torch, known[0]) if known else None), torch.no_grad():
                         fields = quantizer.qparams(torch.zeros(1, 1, device=device))
                 found[name] = (quantizer.spec, fields)
         return found
@@ -156,7 +157,9 @@ def convert(model: nn.Module, *, weights: str = "last", require_final: bool = Tr
         quantizer = input_quantizer(layer)
         seen = getattr(quantizer, "seen", None)
         if isinstance(seen, Tensor) and not bool(seen):
-            raise ExportError(f"{name}: the range of its input was never seen; train at least one step, then export")
+            raise ExportError(
+                f"{name}: the range of its input was never seen; train at least one step (in train mode), then export"
+            )
     return Bundle(model, weights)
 
 

@@ -13,7 +13,7 @@ are children called `<weight>_quantizer` and `input_quantizer`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from qat.ops import ConvOp, EmbeddingOp, ExpertsOp, LayerOp, LinearOp
 from qat.quantizers import Quantizer
+from qat.specs import QuantSpec
 
 _OPS: dict[type[nn.Module], tuple[str, LayerOp]] = {
     nn.Linear: ("Linear", LinearOp()),
@@ -76,6 +77,13 @@ class Live:
     # dtypes of the last active forward: what the quantizer read and what it gave (export runs the same path)
     latent_dtype: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
+    # the prepared root's record: a module whose `training` is the root's
+    root: nn.Module | None = None
+
+    def trains(self, layer: nn.Module) -> bool:
+        """Whether a forward now is one of training. A network that its training module keeps in eval mode (as
+        `from_pretrained` returns it) is trained all the same."""
+        return torch.is_grad_enabled() and (layer.training or (self.root is not None and self.root.training))
 
 
 # > 0 while one of our nodes or float ops is running: the rehearsal lets these touch planned weights
@@ -151,14 +159,14 @@ def _forward(layer: QATLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     with inside():
         if not live.active:
             y: Tensor = live.original.forward(layer, *args, **kwargs)
-            if x_quantizer is not None and layer.training and torch.is_grad_enabled():
+            if x_quantizer is not None and live.trains(layer):
                 _observe(x_quantizer, live.op.inputs(layer, args, kwargs)[0])
             wanted = [p for p in learned if p.requires_grad]
             if not wanted or not torch.is_grad_enabled():
                 return y
             return _KeepInGraph.apply(y, *wanted)  # type: ignore[no-any-return, no-untyped-call]
         inputs = live.op.inputs(layer, args, kwargs)
-        if x_quantizer is not None and layer.training:
+        if x_quantizer is not None and live.trains(layer):
             _observe(x_quantizer, inputs[0])
         quantized = weight_quantizers(layer)
         kinds = live.op.kinds(layer)
@@ -166,7 +174,7 @@ def _forward(layer: QATLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         dtype = _compute_dtype(live.op, inputs, weights)
         live.latent_dtype, live.out_dtype = weights[0].dtype, dtype
         quantizers = [quantized.get(name) for name in kinds]
-        call = _Call(layer, live.op, dtype, quantizers, x_quantizer, live.strength, len(inputs), learned)
+        call = _Call(layer, live.op, dtype, quantizers, x_quantizer, live.strength, len(inputs))
         return _QuantizedLayer.apply(call, *inputs, *weights, *learned)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -214,7 +222,34 @@ class _Call:
     input_quantizer: Quantizer | None
     strength: float
     inputs: int
-    learned: list[nn.Parameter]
+
+    def __post_init__(self) -> None:
+        # what each quantizer was doing: backward may come after the schedule has moved on
+        self.states = [(q, q.live_spec, q.frozen) for q in layer_quantizers(self.layer)]
+        # quantizer and name of each learned scale, in the order in which the node gets them
+        self.slots = [
+            (q, next(name for name, value in q._parameters.items() if value is p))
+            for q, _, _ in self.states
+            for p in q.learned()
+        ]
+        self.random = _random_state(self.layer) if self.op.replays else None
+
+    @contextlib.contextmanager
+    def again(self, learned: list[Tensor]) -> Iterator[None]:
+        """Inside, the quantizers are as they were in the forward, with `learned` in place of their parameters."""
+        kept = [q._parameters[name] for q, name in self.slots]
+        now = [(q, q.live_spec, q.frozen) for q, _, _ in self.states]
+        try:
+            self._set(self.states, learned)
+            yield
+        finally:
+            self._set(now, kept)
+
+    def _set(self, states: list[tuple[Quantizer, QuantSpec, bool]], learned: Sequence[Tensor | None]) -> None:
+        for quantizer, live_spec, frozen in states:
+            quantizer.live_spec, quantizer.frozen = live_spec, frozen
+        for (quantizer, name), value in zip(self.slots, learned, strict=True):
+            quantizer._parameters[name] = value  # type: ignore[assignment]
 
     def weight(self, index: int, w: Tensor) -> Tensor:
         """w_hat in the compute dtype; between strengths 0 and 1 on the way from w to w_hat."""
@@ -250,7 +285,7 @@ class _QuantizedLayer(torch.autograd.Function):
         count = len(call.weight_quantizers)
         inputs, weights = tensors[: call.inputs], tensors[call.inputs : call.inputs + count]
         ctx.call = call
-        ctx.save_for_backward(*inputs, *weights)
+        ctx.save_for_backward(*tensors)
         with torch.autocast(device_type=weights[0].device.type, enabled=False):  # type: ignore[union-attr]
             x_hat = call.input(inputs[0])  # type: ignore[arg-type]
             w_hats = [call.weight(i, w) for i, w in enumerate(weights)]  # type: ignore[arg-type]
@@ -265,21 +300,25 @@ class _QuantizedLayer(torch.autograd.Function):
         count, n = len(call.weight_quantizers), call.inputs
         inputs, weights = tensors[:n], tensors[n : n + count]
         needs = ctx.needs_input_grad[1:]
-        learns = dict(zip(map(id, call.learned), needs[n + count :], strict=True))
-        with inside(), torch.autocast(device_type=grad.device.type, enabled=False):
+        learned = [
+            p.detach().requires_grad_(need) for p, need in zip(tensors[n + count :], needs[n + count :], strict=True)
+        ]
+        learns = {id(p): p.requires_grad for p in learned}
+        with inside(), call.again(learned), torch.autocast(device_type=grad.device.type, enabled=False):
             with torch.enable_grad():
                 x = inputs[0].detach().requires_grad_(needs[0])
                 x_hat = call.input(x)
                 fresh = [w.detach().requires_grad_(need) for w, need in zip(weights, needs[n : n + count], strict=True)]
                 w_hats = [call.weight(i, w) for i, w in enumerate(fresh)]
             wanted = [x_hat.requires_grad, *needs[1:n], *(w.requires_grad for w in w_hats)]
-            dinputs, dweights = call.op.backward(
-                call.layer,
-                grad.to(call.dtype) if grad.is_floating_point() else grad,
-                (x_hat.detach(), *call.cast(inputs[1:])),
-                [w.detach() for w in w_hats],
-                wanted,
-            )
+            with _replayed(call.random):
+                dinputs, dweights = call.op.backward(
+                    call.layer,
+                    grad.to(call.dtype) if grad.is_floating_point() else grad,
+                    (x_hat.detach(), *call.cast(inputs[1:])),
+                    [w.detach() for w in w_hats],
+                    wanted,
+                )
             scales: dict[int, Tensor] = {}
             dx = _pull(x_hat, x, dinputs[0], call.input_quantizer, learns, scales)
             dws = [
@@ -289,9 +328,31 @@ class _QuantizedLayer(torch.autograd.Function):
         dothers = [None if d is None else d.to(t.dtype) for d, t in zip(dinputs[1:], inputs[1:], strict=True)]
         dlearned = [
             scales.get(id(p), torch.zeros_like(p)) if need else None
-            for p, need in zip(call.learned, needs[n + count :], strict=True)
+            for p, need in zip(learned, needs[n + count :], strict=True)
         ]
         return (None, dx, *dothers, *dws, *dlearned)
+
+
+def _random_state(layer: nn.Module) -> tuple[Tensor, int | None, Tensor | None]:
+    """State of the host's random numbers, and of the GPU that the layer lies on."""
+    device = next(p.device for p in layer.parameters())
+    if device.type != "cuda":
+        return torch.get_rng_state(), None, None
+    return torch.get_rng_state(), device.index, torch.cuda.get_rng_state(device)
+
+
+@contextlib.contextmanager
+def _replayed(state: tuple[Tensor, int | None, Tensor | None] | None) -> Iterator[None]:
+    """Inside, random numbers are those of `state`; outside, they go on as if nothing had happened."""
+    if state is None:
+        yield
+        return
+    host, index, device = state
+    with torch.random.fork_rng(devices=[] if index is None else [index]):
+        torch.set_rng_state(host)
+        if device is not None:
+            torch.cuda.set_rng_state(device, index)  # type: ignore[arg-type]
+        yield
 
 
 def _pull(

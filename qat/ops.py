@@ -25,6 +25,9 @@ Tensors = tuple[Tensor | None, ...]
 class LayerOp:
     """Stateless; `kinds` maps each weight's name to its `qat.layout.Layout` kind."""
 
+    # backward runs the forward again, which must see the same random numbers
+    replays: bool = False
+
     def kinds(self, module: nn.Module) -> dict[str, str]:
         raise TypeError(f"{type(self).__name__} has no kinds")
 
@@ -196,6 +199,8 @@ class ExpertsOp(LayerOp):
     Backward runs it once more (nothing inside is kept alive between the two), so any routing implementation of the
     model library works; the price is one more forward of the experts.
     """
+
+    replays = True
 
     def kinds(self, module: nn.Module) -> dict[str, str]:
         kind = "experts_t" if self._transposed(module) else "experts"

@@ -10,6 +10,7 @@ Everything that is not about *when* lives here; the Lightning callback and a han
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -37,7 +38,7 @@ from qat.quantizers import Quantizer, make_quantizer
 from qat.recipes import from_dict, load_recipe, to_dict
 from qat.recipes.schema import Recipe
 from qat.schedule import Schedule, State
-from qat.state import CHILD, QATState, require_state, state_of
+from qat.state import CHILD, QATState, require_state, state_of, structure
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,10 @@ def prepare(model: nn.Module, recipe: Recipe | str | PathLike[str], *, search: b
     if state is None:
         state = QATState(to_dict(recipe))
         model.add_module(CHILD, state)
-    elif state.record.recipe != to_dict(recipe):
+    elif structure(state.record.recipe) != structure(to_dict(recipe)):
         raise QATError("this model is already prepared with another recipe; call qat.unprepare(model) first")
+    else:
+        state.record.recipe = to_dict(recipe)
     try:
         _insert(model, state, found, search)
     except Exception:
@@ -95,7 +98,25 @@ def _insert(model: nn.Module, state: QATState, found: Plan, search: bool) -> Non
         _search_scales(fresh, force=False)
         state.record.initialized = True
     apply_schedule(model)
-    state.on_load = partial(apply_schedule, model)
+    for layer in qat_layers(model).values():
+        layer._qat.root = state
+    state.on_load = partial(_loaded, model)
+    state.on_float = partial(_loaded_float, model)
+
+
+def _loaded(model: nn.Module) -> None:
+    """After a record was loaded: nothing that goes with it may be missing; layers then do what its step says."""
+    for name, layer in qat_layers(model).items():
+        for quantizer in layer_quantizers(layer):
+            if quantizer.absent and quantizer.state_dict():
+                raise QATError(f"the state dict has a quantization record but no scales of {name}; it is incomplete")
+    apply_schedule(model)
+
+
+def _loaded_float(model: nn.Module) -> None:
+    """After weights without a record were loaded before the first step: scales follow the weights."""
+    if require_state(model).record.step == 0:
+        initialize(model)
 
 
 def _refuse_sharded(model: nn.Module, found: Plan) -> None:
@@ -202,12 +223,13 @@ def _search_scales(layers: dict[str, QATLayer], force: bool) -> None:
             assert weight is not None
             if weight.device.type == "meta":
                 continue
-            token = None if hasattr(weight, "placements") else (weight.data_ptr(), weight._version)
-            if not force and token is not None and quantizer.__dict__.get("searched") == token:
-                continue
             whole = full(weight)
-            if not bool(torch.isfinite(whole).all()):
+            # an edit through `.data` changes no version counter: the numbers themselves tell
+            token = (float(whole.double().sum()), float(whole.double().abs().sum()), tuple(whole.shape))
+            if not math.isfinite(token[1]):
                 raise QATError(f"{name}.{key} has numbers that are not finite; quantization cannot start from it")
+            if not force and quantizer.__dict__.get("searched") == token:
+                continue
             with whole_quantizer(quantizer):
                 quantizer.init_from(whole)
             for parameter in quantizer.learned():
@@ -276,7 +298,7 @@ def _freeze(model: nn.Module, state: QATState, freeze: bool) -> None:
     for layer in qat_layers(model).values():
         for quantizer in layer_quantizers(layer):
             if changed:
-                with whole_quantizer(quantizer):
+                with whole_quantizer(quantizer, layer._qat.latent_dtype):
                     quantizer.freeze() if freeze else quantizer.thaw()
                 if not freeze:
                     for parameter in quantizer.learned():
@@ -318,6 +340,20 @@ def after_optimizer_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -
         for quantizer in watching:
             quantizer.restart()
     return now
+
+
+@torch.no_grad()
+def follow(copy: nn.Module, before: State, now: State) -> None:
+    """Do to an averaged copy of a model what a step from `before` to `now` did to the model's own scales.
+
+    Without it the copy would average scales across the moment in which their meaning changed.
+    """
+    if now.active and not before.active:
+        _search_scales(qat_layers(copy), force=True)
+    if now.freeze_scales != before.freeze_scales:
+        for layer in qat_layers(copy).values():
+            for quantizer in layer_quantizers(layer):
+                quantizer.freeze() if now.freeze_scales else quantizer.thaw()
 
 
 def learned_scales(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,22 @@ def write_report(report: dict[str, Any], folder: str | PathLike[str]) -> Path:
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     page = page_of(report)
-    (place / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (place / PAGE).write_text(page, encoding="utf-8")
+    write_text(place / REPORT, json.dumps(report, indent=1) + "\n")
+    write_text(place / PAGE, page)
     return place / PAGE
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of `text` in UTF-8, or the file as it was: written beside it, flushed to the disk, renamed."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(fresh, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def render(folder: str | PathLike[str]) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +62,8 @@ class QATState(nn.Module):
         self.restored = False
         # set by prepare: brings the layers to the step of a record that was loaded
         self.on_load: Callable[[], Any] | None = None
+        # set by prepare: searches scales anew after weights without a record were loaded
+        self.on_float: Callable[[], Any] | None = None
 
     def forward(self, x: Any) -> Any:
         """x itself: a prepared `nn.Sequential` calls its children one after the other, this one last."""
@@ -81,23 +83,26 @@ class QATState(nn.Module):
         return encode_record(self.record, -(-room // _BLOCK) * _BLOCK)
 
     def set_extra_state(self, state: Tensor) -> None:
-        recipe = self.record.recipe
-        self.record = decode_record(state)
-        if recipe and structure(recipe) != structure(self.record.recipe):
+        found, recipe = decode_record(state), self.record.recipe
+        if recipe and structure(recipe) != structure(found.recipe):
             raise QATError(
                 "the checkpoint was trained with other rules or phases than this recipe; resume with the recipe of the "
                 "checkpoint (qat.load_from_checkpoint reads it from the file), or load only the weights"
             )
+        # rules and phases are those of the file; how this run goes on (learning rate, steps) is its own recipe's
+        self.record = replace(found, recipe=recipe or found.recipe)
         self.restored = True
         self.schedule = self.applied = None
         if self.on_load is not None:
             self.on_load()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A float checkpoint has no record: keep this one.
+        # A float checkpoint has no record: keep this one, and let scales follow the weights.
         missing: list[str] = []
         rest = (*args[:2], missing, *args[3:])
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if f"{prefix}_extra_state" not in state_dict and self.on_float is not None:
+            self.on_float()
 
 
 def structure(recipe: dict[str, Any]) -> Any:

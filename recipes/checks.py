@@ -13,7 +13,8 @@ from importlib.resources import files
 from qat.recipes.schema import Distill, Phase, Recipe, Rule, Slot, Train
 from qat.recipes.shape import join, nearest, plain_errors, shape_errors, show
 
-# Quantizer -> the zero points that it can find.
+# Quantizer -> the zero points that it can find: what is known of these before a model is there. Others are found by
+# their files and checked by their class when the model is planned.
 WEIGHT_QUANTIZERS = {
     "absmax": ("none",),
     "minmax": ("int", "float"),
@@ -43,13 +44,21 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 def format_names() -> list[str]:
     """Export formats that are installed, found by their files and entry points; none of them is imported."""
-    folder = files("qat").joinpath("export", "formats")
-    own = [
-        entry.name[: -len(".py")].replace("_", "-")
-        for entry in (folder.iterdir() if folder.is_dir() else ())
-        if entry.name.endswith(".py") and not entry.name.startswith("_")
-    ]
+    own = [name.replace("_", "-") for name in _files_of("export", "formats")]
     return sorted({*own, *(point.name for point in entry_points(group="qat.formats"))})
+
+
+def quantizer_names() -> list[str]:
+    """Quantizers that are installed, found in the same way: a quantizer's file is called like the quantizer."""
+    own = [name for name in _files_of("quantizers") if name != "base"]
+    return sorted({*own, *(point.name for point in entry_points(group="qat.quantizers"))})
+
+
+def _files_of(*folders: str) -> list[str]:
+    """Module names in a folder of the package, read from the disk."""
+    folder = files("qat").joinpath(*folders)
+    found = [entry.name for entry in (folder.iterdir() if folder.is_dir() else ())]
+    return [name[: -len(".py")] for name in found if name.endswith(".py") and not name.startswith("_")]
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -156,7 +165,8 @@ def _rule(rule: Rule, path: str) -> list[str]:
 
 
 def _slot(slot: Slot, path: str, granularities: tuple[str, ...], quantizers: dict[str, tuple[str, ...]]) -> list[str]:
-    known = [*quantizers, *(point.name for point in entry_points(group="qat.quantizers"))]
+    described = {*WEIGHT_QUANTIZERS, *INPUT_QUANTIZERS}
+    known = [*quantizers, *(name for name in quantizer_names() if name not in described)]
     found = [
         *_bits(f"{path}.bits", slot.bits, slot),
         *_one_of(f"{path}.granularity", slot.granularity, granularities),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qat.errors import QATError
-from qat.report import page_of, render, write_report
+from qat.report import page_of, render, write_report, write_text
 
 SECTIONS: list[dict[str, Any]] = [
     {"kind": "text", "title": "A", "paragraphs": ["one", "two"]},
@@ -58,3 +58,13 @@ def test_one_sentence_for_what_is_no_report(tmp_path: Path, content: str | None)
 def test_unknown_kinds_are_named() -> None:
     with pytest.raises(QATError, match="kind 'song'; kinds: text"):
         page_of({"title": "", "lead": "", "sections": [{"kind": "song"}]})
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    write_text(path, "old é")
+    assert path.read_text(encoding="utf-8") == "old é"
+    # mutation: path.write_text(text) -> red, what could not be encoded leaves an empty file
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new" * 9999 + "\ud800")
+    assert path.read_text(encoding="utf-8") == "old é" and list(tmp_path.iterdir()) == [path]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import stat
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -42,7 +43,12 @@ class ShardWriter:
         self._size += size
 
     def _flush(self) -> None:
-        save_file(self._held, self.folder / f"part-{len(self._shards)}", metadata={"format": "pt"})
+        path = self.folder / f"part-{len(self._shards)}"
+        # safetensors leaves its files readable by their owner alone; a file that is opened gets the umask's mode
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        save_file(self._held, path, metadata={"format": "pt"})
+        path.chmod(mode)
         self._shards.append(list(self._held))
         self._total += self._size
         self._held, self._size = {}, 0

@@ -70,6 +70,8 @@ class Quantizer(nn.Module):
         self.live_spec = spec
         # scales stop learning and ranges stop moving
         self.frozen = False
+        # the last state dict that was loaded had nothing for this quantizer
+        self.absent = False
         self.build()
 
     def build(self) -> None:
@@ -173,8 +175,10 @@ class Quantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A float checkpoint has no quantizer state: keep what was initialised instead of failing the strict load.
+        # With some keys of this quantizer, or with a record (`qat.prepare`), the rest is missed as ever.
+        self.absent = not any(key.startswith(prefix) for key in state_dict)
         missing: list[str] = []
-        args = (*args[:2], missing, *args[3:])
+        args = (*args[:2], missing if self.absent else args[2], *args[3:])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -190,11 +194,12 @@ def absmax_scale(w_RK: Tensor, spec: QuantSpec) -> Tensor:
     """Scale [R, G] that spreads the grid over +-absmax: the error stays within half a step on both sides.
 
     Signed: absmax / ((qmax - qmin) / 2), so 7.5 for int4 and 127.5 for int8 as compressed-tensors and torchao do;
-    narrow grids give 7 and 127. Unsigned (never negative inputs): absmax / qmax.
+    narrow grids give 7 and 127. Unsigned (never negative inputs): absmax / qmax. Written as a multiplication by the
+    reciprocal: that is what CUDA makes of a division by a number, and a scale must not depend on the device.
     """
     grid = spec.grid
     reach = grid.steps / 2 if grid.signed else grid.qmax
-    return _amax(grouped(w_RK, spec).abs()) / reach
+    return _amax(grouped(w_RK, spec).abs()) * (1.0 / reach)
 
 
 def minmax_fields(w_RK: Tensor, spec: QuantSpec) -> Fields:
@@ -209,13 +214,13 @@ def fields_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> Fields:
     grid = spec.grid
     if spec.zero_point == "float":
         minimum = spec.scale_grid.project_minimum(low)
-        return Fields(spec.scale_grid.project((high - minimum) / grid.steps), None, minimum)
+        return Fields(spec.scale_grid.project((high - minimum) * (1.0 / grid.steps)), None, minimum)
     if spec.zero_point == "int":
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-        scale = spec.scale_grid.project((high - low) / grid.steps)
+        scale = spec.scale_grid.project((high - low) * (1.0 / grid.steps))
         return Fields(scale, zero_of(low, scale, spec), None)
     reach = grid.steps / 2 if grid.signed else grid.qmax
-    return Fields(spec.scale_grid.project(torch.maximum(-low, high) / reach), None, None)
+    return Fields(spec.scale_grid.project(torch.maximum(-low, high) * (1.0 / reach)), None, None)
 
 
 def range_of_fields(fields: Fields, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,10 @@ class Lsq(Stored):
     def learned(self) -> tuple[nn.Parameter, ...]:
         return (self.theta,)
 
+    def _factor(self) -> Tensor:
+        """exp(k * theta), in double so that devices whose fp32 exp differs in the last bit agree."""
+        return torch.exp(RATE * self.theta.double()).float()
+
     def qparams(self, w_RK: Tensor) -> Fields:
         scale, zero, minimum = self.start()
         if self.layout.kind == "tokens" and not self._settled:
@@ -68,13 +72,13 @@ class Lsq(Stored):
             zero = None if zero is None or now.zero is None else torch.where(seen, zero, now.zero)
             minimum = None if minimum is None or now.minimum is None else torch.where(seen, minimum, now.minimum)
         if not self.frozen:
-            scale = scale * torch.exp(RATE * self.theta.float())
+            scale = scale * self._factor()
         return Fields(self.spec.scale_grid.project(scale), zero, minimum)
 
     @torch.no_grad()
     def freeze(self) -> None:
         """s0 takes the value of s; theta is read no more (an optimizer's momentum may still move it)."""
-        scale = joined(self.start_scale) * torch.exp(RATE * self.theta.float())
+        scale = joined(self.start_scale) * self._factor()
         self.store(Fields(self.spec.scale_grid.project(scale)))
 
     @torch.no_grad()

@@ -41,6 +41,9 @@ def build(train: Train) -> tuple[CausalLM, Batches, Any]:
     tokenizer = load_tokenizer(train.tokenizer or folder)
     data = make_data(train, tokenizer)
     model = load_model(folder, auto="AutoModelForCausalLM", dtype=torch.float32)
+    if getattr(model, "loss_type", None) is None:
+        # what transformers takes for a class whose name says nothing of its loss (GPT2LMHeadModel), with a notice
+        model.loss_type = "ForCausalLM"  # type: ignore[assignment]
     config: Any = model.config
     limit = getattr(config, "max_position_embeddings", None)
     if limit and train.seq_len > limit:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qat.report import write_report
+from qat.report import write_report, write_text
+from qat.tasks.measure import environment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,10 +14,11 @@ if TYPE_CHECKING:
     from qat.tasks.demo import Demo, Outcome
 
 KL, PERPLEXITY, TOP1 = "kl", "perplexity", "top-1 %"
-BITS, BYTES, READ_KL, DIFFERENCE = "bits per weight", "file bytes", "kl of reading program", "largest difference"
+# of the quantized weights alone: what the recipe leaves in float counts in the bytes of the file
+BITS, BYTES = "bits per quantized weight", "file bytes"
+READ_KL, DIFFERENCE = "kl of reading program", "largest difference"
 BETTER = {TOP1: "higher"}
 FLOAT, TRAINED_ON, RTN, QAT, Q8 = "float", "float trained on", "RTN (MSE)", "qat", "float Q8_0"
-_PACKAGES = ("lightning", "pytorch-lightning", "transformers", "compressed-tensors", "gguf", "xllamacpp")
 
 
 def rows_of(demo: Demo) -> list[dict[str, Any]]:
@@ -55,32 +51,23 @@ _METRICS["difference"] = DIFFERENCE
 
 def environment_of(demo: Demo) -> dict[str, Any]:
     """Where and on what the figures were measured."""
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    found = environment()
+    versions = found.pop("versions")
+    return {
+        **found,
         "seed": demo.seed,
         "corpus sha256": demo.corpus.sha256,
         "held-out tokens": demo.float_scores.positions,
         "settings": dict(vars(demo.settings)),
         "seconds": {name: round(value, 1) for name, value in demo.seconds.items()},
-        "versions": {},
+        "versions": versions,
     }
-    for package in _PACKAGES:
-        try:
-            found["versions"][package] = version(package)
-        except PackageNotFoundError:
-            found["versions"][package] = "not installed"
-    return found
 
 
 def save_results(demo: Demo) -> dict[str, Any]:
     """Write results.json and the report below `demo.out`; returns what results.json holds."""
     results = {"environment": environment_of(demo), "rows": rows_of(demo)}
-    (demo.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_text(demo.out / "results.json", json.dumps(results, indent=1) + "\n")
     write_report(report_of(demo, results), demo.out)
     return results
 

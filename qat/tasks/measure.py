@@ -9,14 +9,38 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _BATCH = 32
+_PACKAGES = ("lightning", "pytorch-lightning", "transformers", "compressed-tensors", "gguf", "xllamacpp")
+
+
+def environment() -> dict[str, Any]:
+    """Where figures are measured: machine, versions, date."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {},
+    }
+    for package in _PACKAGES:
+        try:
+            found["versions"][package] = version(package)
+        except PackageNotFoundError:
+            found["versions"][package] = "not installed"
+    return found
 
 
 @dataclass(frozen=True)

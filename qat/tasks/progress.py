@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -52,6 +53,18 @@ class Curve(_Callback):  # type: ignore[misc]
     def _measure(self, step: int, module: Any) -> None:
         if self.measure is not None:
             self.measured.append((step, self.measure(module.model)))
+
+
+def steps_bar() -> Any:
+    """Lightning's progress bar for a run that ends by steps; its own counts epochs to -2, which stands for none."""
+    bars: Any = import_module(f"{lightning().__name__}.callbacks")
+
+    class StepsBar(bars.RichProgressBar):  # type: ignore[misc]
+        def _get_train_description(self, current_epoch: int) -> str:
+            # as wide as "Validation" below it
+            return f"{f'Epoch {current_epoch}':{len(self.validation_description)}}"
+
+    return StepsBar()
 
 
 class Stages:

@@ -12,14 +12,17 @@ import torch
 
 import qat
 from qat.callbacks import DistillationCallback, ExportCallback, QATCallback, QuantizationMonitor
+from qat.callbacks.export_callback import refuse_short
 from qat.errors import QATError
+from qat.hf import check_weights, read_config
 from qat.recipes import to_dict
 from qat.recipes.schema import Recipe, Train
-from qat.report import write_report
+from qat.report import write_report, write_text
 from qat.state import find_record, structure
 from qat.tasks import TASKS, causal_lm, image_classification, sentence_embedding
 from qat.tasks.flavour import lightning
-from qat.tasks.progress import Curve
+from qat.tasks.measure import environment
+from qat.tasks.progress import Curve, steps_bar
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,7 @@ log = logging.getLogger(__name__)
 def build(recipe: Recipe) -> tuple[Any, Any, Any]:
     """(LightningModule, data, tokenizer or None) of the recipe's task; raises QATError for an unknown one."""
     task, train = recipe.train.task, recipe.train
+    check_teacher(recipe)
     if task == "causal_lm":
         return causal_lm.build(train)
     if task == "image_classification":
@@ -36,16 +40,32 @@ def build(recipe: Recipe) -> tuple[Any, Any, Any]:
     raise QATError(f"train.task={task!r} is unknown; use one of {', '.join(TASKS)}")
 
 
+def check_teacher(recipe: Recipe) -> None:
+    """Raises QATError unless `distill.teacher`, where it is used, is a model folder with whole safetensors."""
+    folder = recipe.distill.teacher
+    if folder is None or not (recipe.distill.enabled or recipe.train.task == "sentence_embedding"):
+        return
+    try:
+        read_config(folder)
+        check_weights(folder)
+    except QATError as problem:
+        raise QATError(f"distill.teacher: {problem}") from None
+
+
 def run(recipe: Recipe, *, dry_run: bool = False) -> dict[str, Any]:
     """Train, export to the recipe's targets and write results.json and report.html into `train.out`.
 
     dry_run plans and rehearses every export on the untrained model and writes nothing. Returns {"plan", "metrics",
     "exports": {format: folder}, "out"}. Raises QATError before the first step for what cannot be used.
     """
+    out = Path(recipe.train.out or f"runs/{recipe.name}")
+    if recipe.export.targets:
+        refuse_short(recipe, recipe.train.max_steps)
+    if not dry_run:
+        refuse_mixing(recipe.train, out)
     module, data, tokenizer = build(recipe)
     if dry_run:
         return rehearsal(recipe, module, tokenizer)
-    out = Path(recipe.train.out or f"runs/{recipe.name}")
     if recipe.train.resume:
         check_resume(recipe)
     lightning().seed_everything(recipe.train.seed, workers=True, verbose=False)
@@ -74,6 +94,19 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> dict[str, Any]:
     if trainer.is_global_zero:
         save(recipe, results, curve, exporter, watch, out)
     return results
+
+
+def refuse_mixing(train: Train, out: Path) -> None:
+    """Raises QATError if `out` holds the checkpoints of another run than the one that is resumed."""
+    kept = out / "checkpoints"
+    if not kept.is_dir() or not any(kept.iterdir()):
+        return
+    if train.resume and kept.resolve() in Path(train.resume).resolve().parents:
+        return
+    raise QATError(
+        f"train.out: {kept} holds the checkpoints of an earlier run, which would be taken for this run's; give another "
+        "folder (train.out=...), or go on from one of them (train.resume=...)"
+    )
 
 
 def check_resume(recipe: Recipe) -> None:
@@ -113,7 +146,10 @@ def make_trainer(train: Train, out: Path, callbacks: list[Any]) -> Any:
     """The Trainer of a recipe's `train`, with a progress bar and the last checkpoint in `out/checkpoints`."""
     L = lightning()
     bars = import_from(L, "callbacks")
-    checkpoint = bars.ModelCheckpoint(out / "checkpoints", filename="{step}", save_last=True)
+    # no last-v1.ckpt on resume: last.ckpt is always this run's last
+    checkpoint = bars.ModelCheckpoint(
+        out / "checkpoints", filename="{step}", save_last=True, enable_version_counter=False
+    )
     devices: Any = train.devices
     if devices.lstrip("-").isdigit():
         devices = int(devices)
@@ -132,7 +168,7 @@ def make_trainer(train: Train, out: Path, callbacks: list[Any]) -> Any:
             val_check_interval=train.val_every * train.accumulate,
             check_val_every_n_epoch=None,
             logger=make_logger(train, out),
-            callbacks=[*callbacks, checkpoint, bars.RichProgressBar()],
+            callbacks=[*callbacks, checkpoint, steps_bar()],
             default_root_dir=out,
             log_every_n_steps=min(10, train.max_steps),
             enable_model_summary=False,
@@ -191,7 +227,8 @@ def save(recipe: Recipe, results: dict[str, Any], curve: Curve, exporter: Any, w
         row = {"suite": "train", "case": recipe.name, "tool": name, "metric": "bytes", "value": receipt.bytes}
         rows.append({**row, "better": "lower"})
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps({"environment": {}, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    measured = {"environment": {**environment(), "seed": recipe.train.seed}, "rows": rows}
+    write_text(out / "results.json", json.dumps(measured, indent=1) + "\n")
     sections: list[dict[str, Any]] = [
         {"kind": "lines", "title": "Training loss", "x": "step", "y": "loss", "lines": [["QAT", curve.losses]]},
         {

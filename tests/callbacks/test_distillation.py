@@ -174,8 +174,20 @@ def test_teacher_from_a_folder(tmp_path: Path) -> None:
     wanted = fingerprint(module.model)
     fit(tmp_path, module, DistillationCallback(teacher=str(tmp_path / "teacher")), max_steps=1)
     assert require_state(module).record.teacher == wanted
-    with pytest.raises(qat.QATError, match="Net has no from_pretrained"):
+    with pytest.raises(qat.QATError, match="Net is no class of transformers"):
         fit(tmp_path, Lit(), DistillationCallback(teacher="folder"))
+
+
+def test_a_teacher_is_neither_downloaded_nor_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # mutation: type(student).from_pretrained(teacher) -> red: it asks the network, and reads the pickle
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(qat.QATError, match=r"teacher='someone/model': model folder .* does not exist"):
+        fit(tmp_path, Language(), DistillationCallback(teacher="someone/model"))
+    module = Language()
+    module.model.config.save_pretrained(tmp_path / "pickled")
+    torch.save(module.model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(qat.QATError, match=r"as a pickle only \(pytorch_model\.bin\)"):
+        fit(tmp_path, module, DistillationCallback(teacher=tmp_path / "pickled"))
 
 
 def test_layers_made_in_configure_model(tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def test_refused_before_the_first_step(tmp_path: Path, monkeypatch: pytest.Monke
     ]:
         with pytest.raises(qat.QATError, match=said):
             run(*callbacks)
+    with pytest.raises(qat.QATError, match=r"max_steps=1 ends before the phases float \(steps 9.* at step 9"):
+        run(QATCallback(recipe(WEIGHT, phases=delayed(9))), ExportCallback(tmp_path / "out", CT))
     # the rehearsal reads back what it packed (mutation: no rehearse_export in on_train_start -> red)
     monkeypatch.setattr(sys.modules["qat.export"], "read_back", broken)
     with pytest.raises(qat.ExportError, match="planted"):
@@ -127,6 +129,15 @@ def test_a_run_that_ends_before_its_start_exports_nothing(tmp_path: Path) -> Non
     with pytest.raises(qat.ExportError, match="not fully on"):
         fit(tmp_path, ExportCallback(tmp_path / "out", CT), the_recipe=recipe(WEIGHT, phases=delayed(9)))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_second_fit_goes_on_counting(tmp_path: Path) -> None:
+    the_recipe = recipe(WEIGHT, phases=delayed(3))
+    module, export = Language(), ExportCallback(tmp_path / "out", CT)
+    trainer(tmp_path, QATCallback(the_recipe), max_steps=2).fit(module, tokens())
+    # mutation: steps of the first fit not counted -> red
+    trainer(tmp_path, QATCallback(the_recipe), export, max_steps=2).fit(module, tokens())
+    assert export.receipts[CT].step == 4
 
 
 def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:

@@ -240,6 +240,12 @@ def test_output_folder_is_in_the_way(train: Refused, tmp_path: Path, data: Path)
     train(f"train.data=[{data}]", "train.out=out", says=("out",))
 
 
+def test_output_folder_of_another_run(train: Refused, tmp_path: Path, data: Path) -> None:
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoints" / "last.ckpt").write_bytes(b"the first run")
+    train(f"train.data=[{data}]", "train.out=out", says=("out/checkpoints", "train.out=", "train.resume="))
+
+
 # ---- in a process of its own -----------------------------------------------------------------------------------------
 
 

@@ -68,6 +68,12 @@ def test_writes_table_and_picture(tree: Path) -> None:
     assert (tree / "results.svg").read_bytes() == picture
 
 
+def test_means_say_of_how_many_seeds() -> None:
+    assert generator.source({"seeds": "0 1 2"}) == "Mean of 3 seeds, measured by `python benchmarks/demo_seeds.py`"
+    assert generator.source({"seeds": "4"}).startswith("Mean of 1 seed, ")
+    assert generator.source({"seed": 0}) == "Measured by `make demo`"
+
+
 def test_without_results_it_says_how_to_get_them(tree: Path) -> None:
     (tree / "demo.json").unlink()
     assert generator.main([]) == 0

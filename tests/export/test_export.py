@@ -13,6 +13,7 @@ import qat
 from qat.errors import ExportError, QATError
 from qat.export import export, get_format, rehearse_export
 from qat.export.formats.gguf import Gguf
+from qat.export.hf_folder import ShardWriter
 from qat.verify import verify
 
 pytest.importorskip("gguf")
@@ -70,6 +71,17 @@ def test_what_is_in_the_way(bundle: qat.Bundle, tokenizer: Any, tmp_path: Path) 
     export(bundle, tmp_path / "out", "gguf", tokenizer=tokenizer, overwrite=True)
     assert len(verify(tmp_path / "out")) == 20
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("limit", [1, 10**9], ids=["shards", "one file"])
+def test_weights_are_as_readable_as_their_neighbours(tmp_path: Path, limit: int) -> None:
+    # mutation: no chmod after save_file -> red, 0600 beside 0644
+    (tmp_path / "neighbour").write_text("")
+    writer = ShardWriter(tmp_path, limit)
+    for name in "ab":
+        writer.add({name: torch.zeros(4)})
+    writer.close()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_wrong_arguments(bundle: qat.Bundle, tmp_path: Path) -> None:

@@ -127,3 +127,27 @@ def test_routing_weights_keep_their_dtype(recipe: Any) -> None:
     y.float().square().sum().backward()
     assert routing.grad is not None and routing.grad.dtype == torch.float32
     assert layer.bias.grad is not None and layer.weight_quantizer.theta.grad.abs().max() > 0
+
+
+class NoisyExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 16, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.stack([x @ up.t() for up in self.up]).sum(0)
+        return nn.functional.dropout(hidden, 0.5, self.training)
+
+
+def test_backward_drops_what_forward_dropped(recipe: Any) -> None:
+    """Mutation: `replays = True` removed from ExpertsOp."""
+    model = nn.ModuleDict({"e": NoisyExperts()})
+    qat.prepare(model, recipe(types=["Experts"]))
+    x = torch.randn(5, 8, requires_grad=True)
+    y = model["e"](x)
+    kept = (y != 0).float() * 2
+    after = torch.get_rng_state()
+    y.sum().backward()
+    up = qat.convert(model)["e.up"].dequantize()
+    assert torch.allclose(x.grad, kept @ up.sum(0), atol=1e-5)
+    assert torch.equal(torch.get_rng_state(), after)

@@ -1,12 +1,13 @@
 """Wrong recipes, one mistake each: the message starts with the key path and says what is allowed."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qat.errors import RecipeError
-from qat.recipes import from_dict
+from qat.recipes import checks, from_dict
 
 RIGHT: dict[str, Any] = {
     "name": "right",
@@ -157,6 +158,17 @@ def changed(change: dict[str, Any]) -> dict[str, Any]:
             node = node[part]
         node[last] = value
     return data
+
+
+def test_a_file_is_enough_for_a_quantizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(checks.quantizer_names()) == {*checks.WEIGHT_QUANTIZERS, *checks.INPUT_QUANTIZERS}
+    (tmp_path / "quantizers").mkdir()
+    for name in ("__init__.py", "_shared.py", "base.py", "fresh.py", "notes.md"):
+        (tmp_path / "quantizers" / name).touch()
+    monkeypatch.setattr(checks, "files", lambda package: tmp_path)
+    assert checks.quantizer_names() == ["fresh"]
+    # mutation: only the names in the tables -> red
+    from_dict(changed({f"{W}.quantizer": "fresh", f"{I}.quantizer": "fresh"}))
 
 
 def test_there_are_enough_of_them() -> None:

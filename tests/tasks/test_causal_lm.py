@@ -216,3 +216,19 @@ def test_tokens_outside_the_model_are_refused(llama_folder: Path, text_file: Pat
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(QATError, match="the model in"):
         causal_lm.build(Train(model=str(folder), data=[str(text_file)], seq_len=32))
+
+
+def test_gpt2_gives_no_notice_about_its_loss(
+    tokenizer: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    module, data, _ = causal_lm.build(Train(model=str(tmp_path / "gpt2"), data=[str(text_file)], seq_len=16))
+    said: list[str] = []
+    monkeypatch.setattr("transformers.modeling_utils.logger.warning_once", said.append)
+    assert module.loss(next(iter(data.train_dataloader())))[0].item() > 0
+    # mutation: loss_type stays None -> red
+    assert said == []

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import qat
 from qat.errors import QATError
 from qat.recipes import load_recipe
-from qat.recipes.schema import Train
+from qat.recipes.schema import Phase, Train
 from qat.tasks import run
 from qat.tasks.base import learning_rate_factor
+from qat.tasks.train import make_trainer
 
 
 def recipe_for(preset: str, folder: Path, data: Path, out: Path, *more: str) -> Any:
@@ -44,6 +46,7 @@ def test_a_language_model_from_recipe_to_verified_file(llama_folder: Path, text_
     assert sum(row.spec != "float" for row in rows) == 9
     written = json.loads((out / "results.json").read_text())
     assert {"suite", "case", "tool", "metric", "value", "better"} == set(written["rows"][0])
+    assert written["environment"]["torch"] == torch.__version__ and written["environment"]["seed"] == 0
     assert "<svg" in (out / "report.html").read_text() and (out / "checkpoints" / "last.ckpt").is_file()
 
 
@@ -63,6 +66,33 @@ def test_resuming_goes_on_from_the_checkpoint(llama_folder: Path, text_file: Pat
     again.train.max_steps = 5
     run(again)
     assert qat.Receipt.load(out / "export").step == 5
+    # saved at each validation, every 2 steps; mutation: no enable_version_counter=False -> red, last.ckpt stays at 2
+    assert not list(out.rglob("*-v1.ckpt"))
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_folder_with_another_runs_checkpoints_is_refused(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "run", tmp_path / "other" / "last.ckpt"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "checkpoints" / "last.ckpt").write_bytes(b"of the first run")
+    other.parent.mkdir()
+    other.write_bytes(b"of a third")
+    before = sorted(tmp_path.rglob("*"))
+    for more in ([], [f"train.resume={other}"]):
+        with pytest.raises(QATError, match=r"holds the checkpoints of an earlier run.*train\.out=.*train\.resume="):
+            run(recipe_for("w4_gguf_q4_0", llama_folder, text_file, out, *more))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_ends_before_its_grid_is_refused(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = recipe_for("w4_gguf_q4_0", llama_folder, tmp_path / "no data", tmp_path / "run")
+    recipe.phases = {"float": Phase(steps=2, quantize=False), "grid": Phase(steps=-1, ramp=4)}
+    with pytest.raises(QATError, match=r"max_steps=3 .* float \(steps 2, ramp 0\), grid \(.*\) .* at step 6"):
+        run(recipe)
+    recipe.export.targets = []
+    with pytest.raises(QATError, match="no data"):
+        run(recipe)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -81,12 +111,27 @@ def test_settings_that_cannot_be_used(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_teacher_is_checked_before_the_data_is_read(llama_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(
+        "w4_gguf_q4_0", llama_folder, tmp_path / "no data", tmp_path / "run", "distill.teacher=nobody/x"
+    )
+    with pytest.raises(QATError, match=r"distill\.teacher: model folder nobody/x does not exist"):
+        run(recipe)
+
+
 def test_unknown_tasks_and_loggers_are_refused(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
     for setting, value in (("task", "chess"), ("logger", "parchment")):
         recipe = recipe_for("w4_gguf_q4_0", llama_folder, text_file, tmp_path / "run")
         setattr(recipe.train, setting, value)
         with pytest.raises(QATError, match=f"train.{setting}='{value}' is unknown"):
             run(recipe)
+
+
+def test_the_bar_counts_no_epochs_backwards(tmp_path: Path) -> None:
+    trainer = make_trainer(Train(max_steps=7, accelerator="cpu"), tmp_path, [])
+    bar = trainer.progress_bar_callback
+    bar._trainer = trainer
+    assert bar._get_train_description(0).strip() == "Epoch 0"
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
