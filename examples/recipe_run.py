@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/examples/recipe_run"))
     options = parser.parse_args()
     model, data, out = options.out / "model", options.out / "text.txt", options.out / "run"
+    # `qat train` refuses a folder with the checkpoints of another run
+    shutil.rmtree(out, ignore_errors=True)
     model.mkdir(parents=True, exist_ok=True)
     make_model(model, make_data(data))
 

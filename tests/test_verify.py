@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import qat
 from qat.errors import QATError
 from qat.export import export
 from qat.recipes import from_dict
 from qat.verify import verify
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("compressed_tensors")
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +128,39 @@ def test_files_that_match_their_hashes_but_not_the_format(folder: Path) -> None:
         edit(folder / RECEIPT, agree)
         with pytest.raises(QATError, match=words):
             verify(folder)
+
+
+# Turned red by a `read` that drops `input_*`: a range 100 times too large would verify.
+def test_a_wrong_input_scale_is_found(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from qat.export.receipt import file_sha256
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+    given = {"bits": 8, "granularity": "tensor", "quantizer": "ema"}
+    rules = {
+        "all": {"types": ["Linear"], "weight": {"bits": 8}, "input": given},
+        "head": {"match": ["lm_head"], "keep_float": True},
+    }
+    qat.prepare(model, from_dict({"name": "small", "rules": rules, "phases": {"qat": {"steps": -1}}}))
+    model.train()(torch.arange(8).reshape(1, 8))
+    qat.after_optimizer_step(model)
+    folder = tmp_path / "out"
+    export(model.eval(), folder, "compressed-tensors")
+    verify(folder)
+    tensors = load_file(folder / WEIGHTS)
+    name = next(key for key in tensors if key.endswith("input_scale"))
+    save_file({**tensors, name: tensors[name] * 100}, folder / WEIGHTS, metadata={"format": "pt"})
+    digest, size = file_sha256(folder / WEIGHTS), (folder / WEIGHTS).stat().st_size
+
+    def agree(data: Any) -> None:
+        (entry,) = (entry for entry in data["files"] if entry["name"] == WEIGHTS)
+        entry.update(bytes=size, sha256=digest)
+
+    edit(folder / RECEIPT, agree)
+    with pytest.raises(QATError, match=f"{name} read back by .* is not the trained value"):
+        verify(folder)
 
 
 def test_no_folder(tmp_path: Path) -> None:

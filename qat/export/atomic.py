@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 from qat.errors import ExportError
 
 RECEIPT = "qat_receipt.json"
+# the disk or the quota is full, or read-only
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def refuse_target(folder: Path, overwrite: bool) -> None:
@@ -28,26 +31,29 @@ def refuse_target(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A fresh folder beside `folder` that takes its place when the block ends, and vanishes if the block raises."""
+    """A fresh folder beside `folder` that takes its place when the block ends, and vanishes if the block raises.
+
+    A link stays: the folder that it points to is replaced. Raises ExportError if the disk does not take it; any other
+    exception of the block, an OSError about something else included, comes out as it is.
+    """
+    folder = _resolved(folder)
     created = _make_parents(folder.parent)
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
     fresh, old = folder.parent / f".{folder.name}.{mark}.part", folder.parent / f".{folder.name}.{mark}.old"
     done = False
     try:
-        fresh.mkdir()
-        yield fresh
-        _flush(fresh)
-        if folder.exists():
-            os.replace(folder, old)
+        with _explained(folder):
+            fresh.mkdir()
         try:
-            os.replace(fresh, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
+            yield fresh
+        except OSError as problem:
+            if problem.errno in _FULL or _is_inside(problem.filename, fresh):
+                raise _unwritable(folder, problem) from problem
             raise
+        with _explained(folder):
+            _flush(fresh)
+            _swap(fresh, folder, old, [p.parent for p in created])
         done = True
-    except OSError as problem:
-        raise ExportError(f"{folder} cannot be written: {problem.strerror or problem}") from problem
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         if done:
@@ -55,6 +61,45 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         else:
             for parent in created:
                 _remove_empty(parent)
+
+
+def _swap(fresh: Path, folder: Path, old: Path, parents: list[Path]) -> None:
+    """`fresh` becomes `folder`, on the disk too; on any exception, an interrupt included, all is as it was."""
+    try:
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(fresh, folder)
+        for parent in (folder.parent, *parents):
+            _fsync(parent)
+    except BaseException:
+        if folder.exists() and not fresh.exists():
+            os.replace(folder, fresh)
+        if old.exists():
+            os.replace(old, folder)
+        raise
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        raise _unwritable(folder, problem) from problem
+
+
+def _unwritable(folder: Path, problem: OSError) -> ExportError:
+    return ExportError(f"{folder} cannot be written: {problem.strerror or problem}")
+
+
+def _is_inside(name: object, folder: Path) -> bool:
+    return isinstance(name, (str, os.PathLike)) and Path(name).is_relative_to(folder)
+
+
+def _resolved(folder: Path) -> Path:
+    try:
+        return folder.resolve()
+    except (OSError, RuntimeError) as problem:  # RuntimeError: a loop of links, before Python 3.13
+        raise ExportError(f"{folder} cannot be resolved: {problem}") from problem
 
 
 def _make_parents(parent: Path) -> list[Path]:

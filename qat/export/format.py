@@ -3,7 +3,7 @@
 check(plan or bundle)       why it cannot be written; empty means it can
 pack / unpack               one QTensor to the tensors of the file, and our own inverse
 write(stream, folder)       the files, tensor by tensor
-read(folder)                (name, weight) as the consumer's own code computes it
+read(folder)                (name, weight) as the consumer's own code computes it, and the ranges of static inputs
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qat.errors import ExportError
 from qat.export.receipt import TensorRecord
 from qat.layout import Layout
 from qat.plan import Plan, PlanRow
-from qat.qtensor import QTensor, tensor_sha256
+from qat.qtensor import Fields, QTensor, tensor_sha256
 from qat.specs import QuantSpec
 
 _NAMED = 3
@@ -41,8 +41,9 @@ class Entry:
 class TensorStream:
     """The tensors of a bundle in one fixed order, once, each with its record for the receipt.
 
-    Quantized ones first, then the floats; a parameter that the model itself ties to another (output head to embedding)
-    is not listed twice. Every rank of a distributed run must go through it to the end: an access may be collective.
+    Quantized ones first, then the floats; the ranges of static inputs get records but lie in `inputs`. A parameter
+    that the model itself ties to another (output head to embedding) is not listed twice. Every rank of a distributed
+    run must go through it to the end: an access may be collective.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -86,6 +87,27 @@ class TensorStream:
             dtype = str(weight.dtype).removeprefix("torch.")
             self.records.append(TensorRecord(entry.name, spec, list(weight.shape), dtype, tensor_sha256(weight)))
             yield entry, value
+        self.records += [
+            TensorRecord(name, None, [1], str(value.dtype).removeprefix("torch."), tensor_sha256(value))
+            for name, value in static_ranges(self.inputs).items()
+        ]
+
+
+def static_ranges(inputs: dict[str, tuple[QuantSpec, Fields | None]]) -> dict[str, Tensor]:
+    """Static inputs as the receipt and `Format.read` name them; dynamic ones are left out.
+
+    <layer>.input_scale        fp32 [1]
+    <layer>.input_zero_point   int16 [1], counted on the signed grid of the input's bits
+    """
+    found: dict[str, Tensor] = {}
+    for layer, (spec, fields) in inputs.items():
+        if fields is None:
+            continue
+        found[f"{layer}.input_scale"] = fields.scale.detach().cpu().float().reshape(1)
+        if fields.zero is not None:
+            zero = fields.zero.detach().cpu().reshape(1) - spec.grid.qmin - (1 << (spec.bits - 1))
+            found[f"{layer}.input_zero_point"] = zero.to(torch.int16)
+    return found
 
 
 def declared_ties(module: nn.Module) -> dict[str, str]:
@@ -142,6 +164,7 @@ class Format(ABC):
     def read(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         """(parameter name, weight) for every tensor in the files, by the consumer's own code where it is installed.
 
+        Ranges of static inputs come under the names of `static_ranges`, in the dtype of the file.
         Raises ExportError for a damaged file.
         """
 
@@ -189,7 +212,8 @@ def read_back(fmt: Format, folder: Path, records: list[TensorRecord], bundle: Bu
         seen = weight.to(record.torch_dtype)
         if tensor_sha256(seen) != record.sha256:
             by = _by(seen, name, bundle)
-            raise ExportError(f"{folder}: {name} read back by {fmt.reader()} is not the trained weight{by}")
+            what = "value" if _is_range(name) else "weight"
+            raise ExportError(f"{folder}: {name} read back by {fmt.reader()} is not the trained {what}{by}")
         spec = "float" if record.spec is None else str(QuantSpec.from_dict(record.spec))
         rows.append(Row(name, spec, tuple(record.shape), record.dtype, record.sha256, 0.0, fmt.reader()))
     if wanted:
@@ -198,8 +222,15 @@ def read_back(fmt: Format, folder: Path, records: list[TensorRecord], bundle: Bu
     return rows
 
 
+def _is_range(name: str) -> bool:
+    return name.endswith((".input_scale", ".input_zero_point"))
+
+
 def _by(seen: Tensor, name: str, bundle: Bundle | None) -> str:
     if bundle is None:
         return ""
-    trained = bundle[name].dequantize() if name in bundle else bundle.floats[name]
+    if _is_range(name):
+        trained = static_ranges(bundle.inputs)[name]
+    else:
+        trained = bundle[name].dequantize() if name in bundle else bundle.floats[name]
     return f" (largest difference {(seen.double() - trained.detach().cpu().double()).abs().max().item():.3g})"

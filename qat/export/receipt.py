@@ -21,8 +21,8 @@ _CHUNK = 1 << 22
 class TensorRecord:
     """One tensor of the file.
 
-    name           parameter name in the deployed module
-    spec           the QuantSpec as plain data; None: a float tensor
+    name           parameter name in the deployed module, or <layer>.input_scale and <layer>.input_zero_point
+    spec           the QuantSpec as plain data; None: a tensor that is not quantized
     shape, dtype   of the weight that the training forward used
     sha256         of that weight's bytes, row-major (-0.0 counted as 0.0)
     max_abs_diff   between it and what the consumer's own code reads from the file: always 0, or there is no receipt

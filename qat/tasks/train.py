@@ -84,6 +84,8 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> dict[str, Any]:
         callbacks.append(exporter)
     trainer = make_trainer(recipe.train, out, callbacks)
     trainer.fit(module, datamodule=data, ckpt_path=recipe.train.resume)
+    # validation need not fall on the last step: what is exported is what last.ckpt holds
+    trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     results: dict[str, Any] = {
         "plan": watch.plan.render() if watch.plan is not None else "",

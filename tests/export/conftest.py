@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+import transformers
 
 import qat
 from qat.recipes import from_dict
@@ -21,8 +23,6 @@ CORPUS = [
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., Any]:
     """A trained byte-level BPE tokenizer of 300 tokens; `splitting` replaces its pre-tokenizer."""
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
 
     def make(splitting: Any = None, post: Any = None, size: int = 300) -> Any:
         level = tokenizers.pre_tokenizers.ByteLevel
@@ -48,7 +48,6 @@ def tokenizer(make_tokenizer: Callable[..., Any]) -> Any:
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
     """A two-layer model of random weights large enough that its logits are far from uniform."""
-    transformers = pytest.importorskip("transformers")
 
     def make(kind: str = "Llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
         torch.manual_seed(0)

@@ -16,9 +16,6 @@ from qat.export.formats.gguf import Gguf
 from qat.export.hf_folder import ShardWriter
 from qat.verify import verify
 
-pytest.importorskip("gguf")
-pytest.importorskip("tokenizers")
-
 
 def test_a_prepared_model_and_a_bundle_give_the_same_file(bundle: qat.Bundle, tokenizer: Any, tmp_path: Path) -> None:
     one = export(bundle, tmp_path / "one", "gguf", tokenizer=tokenizer, weights="best")
@@ -154,7 +151,6 @@ def _rank(rank: int, port: int, folder: str) -> None:
 # Turned red by draining before the broadcast only on success, or by refusing on rank 0 before the ranks meet.
 @pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
     port = 29500 + os.getpid() % 2000
     torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "refused0", "refused1"]

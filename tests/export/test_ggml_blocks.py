@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import pytest
+import gguf
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +26,6 @@ def test_golden_q8_0() -> None:
 
 @given(st.sampled_from(sorted(TYPES)), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.integers(0, 2**32 - 1))
 def test_gguf_decodes_codes_times_scale(kind: str, rows: int, blocks_per_group: int, seed: int) -> None:
-    gguf = pytest.importorskip("gguf")
     generator = torch.Generator().manual_seed(seed)
     _, low, high = TYPES[kind]
     codes = torch.randint(low, high + 1, (rows, 128), generator=generator).to(torch.int8)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 import qat
 from qat.errors import ExportError
@@ -12,9 +13,6 @@ from qat.export import export, gguf_tokenizer
 from qat.export.gguf_tokenizer import SAMPLES, compare_tokens, pre_tokenizer_name, tokenizer_reasons
 from qat.export.llama_cpp import LlamaCpp
 
-tokenizers = pytest.importorskip("tokenizers")
-pytest.importorskip("xllamacpp")
-pytest.importorskip("gguf")
 pre = tokenizers.pre_tokenizers
 REGEX = {name: pattern for pattern, name in gguf_tokenizer._REGEXES.items()}
 

@@ -11,8 +11,6 @@ from qat.errors import ExportError
 from qat.export import export
 from qat.export.llama_cpp import LlamaCpp
 
-pytest.importorskip("xllamacpp")
-pytest.importorskip("gguf")
 pytestmark = pytest.mark.consumer
 
 

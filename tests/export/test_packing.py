@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized import helpers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,7 +42,6 @@ def test_unpack_is_the_inverse(bits: int, rows: int, columns: int, seed: int) ->
 
 @given(st.integers(1, 8), st.integers(1, 70), st.integers(0, 2**32 - 1))
 def test_the_consumer_packs_the_same_words(bits: int, columns: int, seed: int) -> None:
-    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (3, columns), generator=generator)
     signed = (codes - (1 << (bits - 1))).to(torch.int8)

@@ -73,7 +73,7 @@ class CompressedTensors(Format):
         if bundle.config is None:
             return ["the model has no transformers config; compressed-tensors needs it as config.json"]
         dtype = hf_folder.model_dtype(bundle.module)
-        found = []
+        found = _mixed_reasons(bundle)
         if dtype not in _HOLDS["portable"]:
             found.append(f"the model's dtype is {dtype}; cast it to float32, bfloat16 or float16")
         specs = bundle.specs()
@@ -81,6 +81,11 @@ class CompressedTensors(Format):
         if odd:
             found.append(f"scale={odd[0]} does not fit a model in {dtype}, the dtype of stored scales; use portable")
         inputs = bundle.inputs
+        static = {name: spec.scale for name, (spec, fields) in inputs.items() if fields is not None}
+        layer = next((name for name, scale in static.items() if dtype not in _HOLDS[scale]), None)
+        if layer is not None:
+            what = f"input scale={static[layer]} of {layer}"
+            found.append(f"{what} does not fit a model in {dtype}, the dtype of stored scales; use portable")
         groups = {_scheme(spec, inputs.get(_layer(name))) for name, spec in specs.items()}
         if len(groups) > 1 and any(not _symmetric(spec) for spec in specs.values()):
             found.append(
@@ -151,7 +156,8 @@ class CompressedTensors(Format):
             for name in (entry.name, *(alias for alias, owner in bundle.tied.items() if owner == entry.name)):
                 layer = _layer(name)
                 given = stream.inputs.get(layer)
-                tensors = self.pack(name, value, _container(value.spec, given), dtype) | _static_input(given, dtype)
+                tensors = self.pack(name, value, _container(value.spec, given), dtype)
+                tensors |= _static_input(layer, given, dtype)
                 shards.add({f"{layer}.{key}": tensor for key, tensor in tensors.items()})
         shards.close()
         hf_folder.write_config(folder, bundle.module, _quantization_config(stream))
@@ -163,7 +169,7 @@ class CompressedTensors(Format):
         for layer, tensors in hf_folder.read_layers(folder):
             if "weight_scale" in tensors:
                 yield f"{layer}.weight", self._weight(folder, layer, tensors, groups)
-                tensors = {key: t for key, t in tensors.items() if not key.startswith(("weight", "input_"))}
+                tensors = {key: t for key, t in tensors.items() if not key.startswith("weight")}
             for key, tensor in tensors.items():
                 yield f"{layer}.{key}" if layer else key, tensor
 
@@ -205,6 +211,29 @@ def _input_reasons(spec: QuantSpec) -> list[str]:
         nearest = "{bits: 8, granularity: token, zero_point: none, narrow: false, signed: true}"
         found.append(f"input grid {spec}: compressed-tensors takes the whole signed grid; nearest: {nearest}")
     return found
+
+
+def _mixed_reasons(bundle: Bundle) -> list[str]:
+    """Why a model in several float dtypes does not fit: config.json has one, and transformers casts all to it.
+
+    The parameter of a quantized layer may differ if its weight in the forward did not (fp32 masters of a bf16 model).
+    """
+    model = hf_folder.model_dtype(bundle.module)
+    live = bundle.module.state_dict(keep_vars=True)
+    dtypes = {name: live[name].dtype for name in bundle.floats if live[name].is_floating_point()}
+    first = next(((name, dtype) for name, dtype in dtypes.items() if dtype == model), None)
+    for name in bundle:
+        owner, key = name.rpartition(".")[::2]
+        dtype = bundle.module.get_submodule(owner)._parameters[key].dtype  # type: ignore[union-attr]
+        dtypes[name] = model if bundle.dtypes(name)[1] == model else dtype
+        first = first or (name, model)
+    odd = next(((name, dtype) for name, dtype in dtypes.items() if dtype != model), None)
+    if odd is None or first is None:
+        return []
+    return [
+        f"{first[0]} is {first[1]} but {odd[0]} is {odd[1]}: transformers loads a model in one dtype and would cast; "
+        f"call model.to({model}) before training"
+    ]
 
 
 def _symmetric(spec: QuantSpec) -> bool:
@@ -281,12 +310,18 @@ def _quantization_config(stream: TensorStream) -> dict[str, Any]:
     }
 
 
-def _static_input(given: tuple[QuantSpec, Fields | None] | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`input_scale` [1] and `input_zero_point` [1] of a static input; {} for a dynamic one."""
+def _static_input(layer: str, given: tuple[QuantSpec, Fields | None] | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`input_scale` [1] and `input_zero_point` [1] of a static input; {} for a dynamic one.
+
+    Raises ExportError if `dtype` does not hold the scale exactly.
+    """
     spec, fields = given or (None, None)
     if spec is None or fields is None:
         return {}
-    found = {"input_scale": fields.scale.reshape(1).to(dtype)}
+    scale = fields.scale.reshape(1).to(dtype)
+    if not torch.equal(scale.float(), fields.scale.reshape(1).float()):
+        raise ExportError(f"{layer}: its input scale stored in {dtype} would be rounded; use scale: portable")
+    found = {"input_scale": scale}
     if fields.zero is not None:
         half = 1 << (spec.bits - 1)
         found["input_zero_point"] = (fields.zero.reshape(1) + _offset(spec) - half).to(torch.int8)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import qat
 from qat.errors import ExportError
@@ -16,9 +17,6 @@ from qat.layout import Layout
 from qat.qtensor import QTensor
 from qat.specs import QuantSpec
 from qat.verify import verify
-
-transformers = pytest.importorskip("transformers")
-consumer = pytest.importorskip("compressed_tensors")
 
 KEEP_HEAD = {"match": ["lm_head"], "keep_float": True}
 BY_ROW = {"granularity": "channel", "group_size": None}
@@ -210,6 +208,75 @@ def test_golden_layer() -> None:
     assert packed["weight_packed"].tolist() == [[0b11100100], [0b00011011]] and "weight_zero_point" not in packed
     packed = CompressedTensors().pack("x.weight", weight, "int-quantized")
     assert packed["weight"].tolist() == [[-2, -1, 0, 1], [1, 0, -1, -2]] and "weight_packed" not in packed
+
+
+IDS = torch.arange(20).reshape(2, 10)
+BY_ROW_8 = {"bits": 8, **BY_ROW, "quantizer": "absmax"}
+
+
+# Turned red by leaving the inputs out of the check of dtypes: the file holds another scale than was trained.
+def test_an_input_scale_that_the_file_would_round_is_refused(
+    make_model: Any, quantize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = make_model(dtype=torch.bfloat16, num_hidden_layers=1)
+    bundle = quantize(half, BY_ROW_8, input={**STATIC, "scale": "fp32"}, seen=IDS, head=KEEP_HEAD)
+    with pytest.raises(ExportError, match=r"input scale=fp32 of model\.layers\.0\.\S+ does not fit .*bfloat16"):
+        export(bundle, tmp_path / "out", "compressed-tensors")
+    monkeypatch.setattr(CompressedTensors, "model_reasons", lambda *_: [])
+    with pytest.raises(ExportError, match="its input scale stored in torch.bfloat16 would be rounded"):
+        export(bundle, tmp_path / "out", "compressed-tensors")
+
+
+# Turned red by a `read` that drops `input_*`, or by ranges without records.
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+def test_static_input_ranges_are_recorded_and_read_back(
+    half: bool, make_model: Any, quantize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(dtype=torch.bfloat16 if half else torch.float32, num_hidden_layers=1)
+    bundle = quantize(model, BY_ROW_8, input={**STATIC, "zero_point": "int"}, seen=IDS, head=KEEP_HEAD)
+    receipt = export(bundle, tmp_path / "out", "compressed-tensors")
+    ranges = {name for name in (t.name for t in receipt.tensors) if ".input_" in name}
+    assert ranges == {f"{layer}.{key}" for layer in bundle.inputs for key in ("input_scale", "input_zero_point")}
+    assert ranges < {row.name for row in verify(tmp_path / "out")}
+    writer = sys.modules[CompressedTensors.__module__]
+    real = writer._static_input
+    for key, wrong in (("input_scale", lambda t: t * 100), ("input_zero_point", lambda t: t + 1)):
+
+        def off(*args: Any, key: str = key, wrong: Any = wrong) -> dict[str, torch.Tensor]:
+            found = real(*args)
+            return {**found, key: wrong(found[key])} if found else found
+
+        monkeypatch.setattr(writer, "_static_input", off)
+        with pytest.raises(ExportError, match=rf"\.{key} read back .* is not the trained value \(largest"):
+            export(bundle, tmp_path / "other", "compressed-tensors")
+
+
+# Turned red by no check of the floats' dtypes: config.json says bfloat16, and the loaded norms are rounded.
+@pytest.mark.consumer
+def test_mixed_dtypes_are_refused_and_one_dtype_loads(make_model: Any, quantize: Any, tmp_path: Path) -> None:
+    def mixed() -> Any:
+        model = make_model(num_hidden_layers=1)
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        return model
+
+    words = r"embed_tokens.weight is torch.bfloat16 but .*norm.weight is torch.float32.*model\.to\(torch.bfloat16\)"
+    with pytest.raises(ExportError, match=words):
+        export(quantize(mixed(), {"bits": 4}, head=KEEP_HEAD), tmp_path / "out", "compressed-tensors")
+    bundle = quantize(mixed().to(torch.bfloat16), {"bits": 4}, head=KEEP_HEAD)
+    export(bundle, tmp_path / "out", "compressed-tensors")
+    loaded = load(tmp_path / "out")
+    assert_same_weights(loaded, bundle)
+    assert all(loaded.state_dict()[name].dtype == value.dtype for name, value in bundle.floats.items())
+
+
+# Turned red by comparing the floats alone: transformers would load bf16 layers in fp32, without their last rounding.
+def test_layers_of_another_dtype_are_refused(make_model: Any, quantize: Any, tmp_path: Path) -> None:
+    model = make_model(num_hidden_layers=1)
+    model.model.layers[0].mlp.to(torch.bfloat16)
+    with pytest.raises(ExportError, match=r"torch.float32 but model\.layers\.0\.mlp\.\S+ is torch.bfloat16"):
+        export(quantize(model, {"bits": 4}, head=KEEP_HEAD), tmp_path / "out", "compressed-tensors")
 
 
 def test_refusals(make_model: Any, quantize: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
@@ -13,9 +14,6 @@ from qat.export import export, rehearse_export
 from qat.export.gguf_model import pair_rows, unpair_rows
 from qat.export.llama_cpp import LlamaCpp
 from qat.verify import verify
-
-gguf = pytest.importorskip("gguf")
-pytest.importorskip("xllamacpp")
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
