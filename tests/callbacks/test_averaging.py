@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import qat
 from qat.callbacks import QATCallback
+from qat.prepare import qat_layers
 
 KINDS = [WeightAveraging, EMAWeightAveraging, lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1)]
 
@@ -66,3 +67,32 @@ def test_averaging_with_configure_model(tmp_path: Path) -> None:
         t.fit(module, data(), data())
     assert late.losses == plain.losses
     assert all(torch.equal(a, b) for a, b in zip(late.parameters(), plain.parameters(), strict=True))
+
+
+def test_averaged_scales_are_frozen_with_the_live_ones(tmp_path: Path) -> None:
+    # mutation: no follow(copy, before, now) in _stepped -> red: the average forgets what theta had learned
+    phases = {"learn": {"steps": 20}, "frozen": {"steps": -1, "freeze_scales": True}}
+    moved = {}
+    for steps in (19, 21):
+        module = Lit()
+        the_recipe = recipe(weight={"scale": "fp32"}, phases=phases)
+        t = trainer(tmp_path, QATCallback(the_recipe), EMAWeightAveraging(decay=0.98), max_steps=steps)
+        t.fit(module, data(n=128))
+        fresh = Lit()
+        qat.prepare(fresh, the_recipe)
+        before = qat.convert(fresh)
+        ratios = [q.scale / before[name].scale - 1 for name, q in qat.convert(module).items()]
+        moved[steps] = float(torch.cat([r.flatten() for r in ratios]).abs().mean())
+    assert moved[21] >= 0.9 * moved[19] > 0
+
+
+def test_averaged_scales_are_searched_at_a_delayed_start(tmp_path: Path) -> None:
+    # mutation: follow does not search on activation -> red
+    module = Lit(lr=0.1)
+    the_recipe = recipe(weight={"quantizer": "mse"}, phases=delayed(20))
+    t = trainer(tmp_path, QATCallback(the_recipe), EMAWeightAveraging(decay=0.98), max_steps=21)
+    t.fit(module, data(n=128))
+    bundle = qat.convert(module)
+    for name, layer in qat_layers(module).items():
+        error = (bundle[f"{name}.weight"].dequantize() - layer.weight).norm() / layer.weight.norm()
+        assert float(error) < 0.15

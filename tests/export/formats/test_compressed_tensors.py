@@ -223,7 +223,7 @@ def test_an_input_scale_that_the_file_would_round_is_refused(
     with pytest.raises(ExportError, match=r"input scale=fp32 of model\.layers\.0\.\S+ does not fit .*bfloat16"):
         export(bundle, tmp_path / "out", "compressed-tensors")
     monkeypatch.setattr(CompressedTensors, "model_reasons", lambda *_: [])
-    with pytest.raises(ExportError, match="its input scale stored in torch.bfloat16 would be rounded"):
+    with pytest.raises(ExportError, match="its input scale stored in .* would be rounded"):
         export(bundle, tmp_path / "out", "compressed-tensors")
 
 
@@ -235,7 +235,7 @@ def test_static_input_ranges_are_recorded_and_read_back(
     model = make_model(dtype=torch.bfloat16 if half else torch.float32, num_hidden_layers=1)
     bundle = quantize(model, BY_ROW_8, input={**STATIC, "zero_point": "int"}, seen=IDS, head=KEEP_HEAD)
     receipt = export(bundle, tmp_path / "out", "compressed-tensors")
-    ranges = {name for name in (t.name for t in receipt.tensors) if ".input_" in name}
+    ranges = {name for name in (t.name for t in receipt.tensors) if name.endswith(("input_scale", "input_zero_point"))}
     assert ranges == {f"{layer}.{key}" for layer in bundle.inputs for key in ("input_scale", "input_zero_point")}
     assert ranges < {row.name for row in verify(tmp_path / "out")}
     writer = sys.modules[CompressedTensors.__module__]
