@@ -223,7 +223,7 @@ def test_an_input_scale_that_the_file_would_round_is_refused(
     with pytest.raises(ExportError, match=r"input scale=fp32 of model\.layers\.0\.\S+ does not fit .*bfloat16"):
         export(bundle, tmp_path / "out", "compressed-tensors")
     monkeypatch.setattr(CompressedTensors, "model_reasons", lambda *_: [])
-    with pytest.raises(ExportError, match="its input scale stored in .* would be rounded"):
+    with pytest.raises(ExportError, match=r"its input scale stored in .* would be rounded"):
         export(bundle, tmp_path / "out", "compressed-tensors")
 
 
