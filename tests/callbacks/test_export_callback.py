@@ -13,9 +13,6 @@ import qat
 from qat.callbacks import DistillationCallback, ExportCallback, QATCallback
 from qat.export.format import Format
 
-pytest.importorskip("transformers")
-pytest.importorskip("compressed_tensors")
-
 WEIGHT = {"group_size": 32}
 CT = "compressed-tensors"
 
