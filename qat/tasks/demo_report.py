@@ -210,7 +210,7 @@ def _words(demo: Demo, found: Outcome) -> list[str]:
 def _why(found: Outcome) -> str:
     if found.case.format == "gguf":
         return "chosen because they are what llama.cpp's Q4_0 and Q8_0 blocks hold"
-    return "chosen as the fewest that transformers reads packed through compressed-tensors"
+    return "chosen because rounding alone loses much there, and compressed-tensors packs them"
 
 
 def _short(found: Outcome) -> str:
