@@ -13,7 +13,9 @@ from PIL import Image
 from torch import nn
 
 from qat.errors import QATError
+from qat.recipes import load_recipe
 from qat.recipes.schema import Train
+from qat.tasks import run
 from qat.tasks.image_classification import ImageClassification, build
 
 
@@ -107,3 +109,25 @@ def test_one_sentence_for_what_is_wrong(
     with pytest.raises(QATError) as refused:
         build(Train(**{"model": str(resnet_folder), "data": [str(images)], **settings}))
     assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_from_recipe_to_report(resnet_folder: Path, images: Path, tmp_path: Path) -> None:
+    """The whole of `qat train`; learned input ranges, no export target."""
+    recipe = load_recipe(
+        "cnn_w4a4",
+        [
+            "train.task=image_classification",
+            f"train.model={resnet_folder}",
+            f"train.data=['{images}']",
+            f"train.out={tmp_path / 'run'}",
+            "train.max_steps=3",
+            "train.val_every=2",
+            "train.val_fraction=0.2",
+            "train.batch_size=4",
+            "train.accelerator=cpu",
+        ],
+    )
+    results = run(recipe)
+    assert 0.0 <= results["metrics"]["val/accuracy"] <= 1.0 and results["exports"] == {}
+    assert "<svg" in (tmp_path / "run" / "report.html").read_text()
+    assert "int4 tensor zp portable lsq" in results["plan"]

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+import qat
 from qat.errors import QATError
+from qat.recipes import load_recipe
 from qat.recipes.schema import Train
+from qat.tasks import run
 from qat.tasks.sentence_embedding import build, embed
 
 
@@ -67,3 +70,25 @@ def test_one_sentence_for_what_is_wrong(bert_folder: Path, tmp_path: Path, text:
         path.write_text(text)
     with pytest.raises(QATError, match=words):
         build(Train(model=str(bert_folder), data=[str(path)]))
+
+
+def test_from_recipe_to_verified_file(bert_folder: Path, sentences: Path, tmp_path: Path) -> None:
+    """The whole of `qat train`, and transformers' own reader on the file."""
+    recipe = load_recipe(
+        "w4a16_g128",
+        [
+            "train.task=sentence_embedding",
+            "rules.linears.weight.group_size=32",
+            f"train.model={bert_folder}",
+            f"train.data=['{sentences}']",
+            f"train.out={tmp_path / 'run'}",
+            "train.max_steps=3",
+            "train.val_every=2",
+            "train.batch_size=4",
+            "train.accelerator=cpu",
+        ],
+    )
+    results = run(recipe)
+    assert 0.9 < results["metrics"]["val/cosine"] <= 1.0
+    rows = qat.verify(results["exports"]["compressed-tensors"])
+    assert sum(row.spec != "float" for row in rows) >= 6 and all(row.max_abs_diff == 0 for row in rows)
