@@ -80,6 +80,10 @@ class Live:
     # the prepared root's record: a module whose `training` is the root's
     root: nn.Module | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of one layer must not bring the whole model with it
+        return {**self.__dict__, "root": None}
+
     def trains(self, layer: nn.Module) -> bool:
         """Whether a forward now is one of training. A network that its training module keeps in eval mode (as
         `from_pretrained` returns it) is trained all the same."""

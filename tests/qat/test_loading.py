@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -70,3 +71,11 @@ def test_a_refused_record_changes_nothing(recipe: Any) -> None:
         second.load_state_dict(first.state_dict())
     record = require_state(second).record
     assert record.step == 0 and record.recipe["rules"]["all"]["weight"]["bits"] == 4
+
+
+def test_a_copy_of_one_layer_does_not_copy_the_model(recipe: Any) -> None:
+    """Mutation: `Live.__getstate__` removed."""
+    model = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 4))
+    qat.prepare(model, recipe())
+    layer = copy.deepcopy(model[0])
+    assert layer._qat.root is None and model[0]._qat.root is not None
