@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lit_small import Lit, Net, data, delayed, recipe, trainer
+from lit_small import InConfigureModel, Lit, Net, data, delayed, recipe, trainer
 from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch.nn import functional as F
 
@@ -51,17 +51,7 @@ def test_stochastic_averaging_after(tmp_path: Path) -> None:
 
 
 def test_averaging_with_configure_model(tmp_path: Path) -> None:
-    class Late(Lit):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = None
-
-        def configure_model(self) -> None:
-            if self.net is None:
-                torch.manual_seed(0)
-                self.net = Net()
-
-    late, plain = Late(), Lit()
+    late, plain = InConfigureModel(), Lit()
     for module in (late, plain):
         t = trainer(tmp_path, QATCallback(recipe()), EMAWeightAveraging(decay=0.5), max_steps=4, limit_val_batches=1)
         t.fit(module, data(), data())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lit_small import Language, Lit, Net, data, delayed, recipe, tokens, trainer
+from lit_small import InConfigureModel, Language, Lit, Net, data, delayed, recipe, tokens, trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -191,19 +191,9 @@ def test_a_teacher_is_neither_downloaded_nor_unpickled(tmp_path: Path, monkeypat
 
 
 def test_layers_made_in_configure_model(tmp_path: Path) -> None:
-    class Late(Lit):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = None
-
-        def configure_model(self) -> None:
-            if self.net is None:
-                torch.manual_seed(0)
-                self.net = Net()
-
-    late, plain = Late(), Lit()
+    late, plain = InConfigureModel(), Lit()
     for first in (False, True):
-        fit(tmp_path, late := Late(), DistillationCallback("mse"), first=first)
+        fit(tmp_path, late := InConfigureModel(), DistillationCallback("mse"), first=first)
         fit(tmp_path, plain := Lit(), DistillationCallback("mse"), first=first)
         assert late.losses == plain.losses
         assert require_state(late).record.teacher == require_state(plain).record.teacher
