@@ -22,8 +22,8 @@ from qat.callbacks.qat_callback import QATCallback
 from qat.distill import LOSSES, Tap, attach, detach, fingerprint, freeze, frozen_copy, module_to_distil
 from qat.errors import QATError
 from qat.hf import load_model
-from qat.prepare import qat_layers
 from qat.state import require_state
+from qat.steps import qat_layers
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

@@ -29,10 +29,10 @@ from qat.callbacks.patches import Patch
 from qat.callbacks.selection import forget_best_scores
 from qat.errors import QATError, RecipeError, refuse_if
 from qat.plan import Plan
-from qat.prepare import follow, forget_observed, learned_scales, missing_from
 from qat.recipes import load_recipe
 from qat.recipes.schema import Recipe
 from qat.state import CHILD, require_state, state_of
+from qat.steps import follow, forget_observed, learned_scales, missing_from
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

@@ -17,7 +17,10 @@ Backward, with v the argument of the clamp and `inside` = (clamp did nothing):
     dz = sum_group -g * s * (1 - inside)
     dm = sum_group  g * (1 - inside)
 
-Shapes: w [R, K]; s, z, m [R, G] or [1, 1] with K % G == 0. fp32 in, fp32 out.
+Shapes: w [R, K] in any float dtype, read as fp32; s, z, m fp32 [R, G] or [1, 1] with K % G == 0.
+
+Codes are int8 where lo < 0, else uint8 [R, K]; packed (4 bits, K even) planar halves, uint8 [R, K/2] (`pack`). A NaN
+has the code of q = 0, and fake quantization leaves it NaN.
 """
 
 from __future__ import annotations
@@ -27,49 +30,174 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat.fake_quant_kernels.affine_decode import affine_decode
+from qat.fake_quant_kernels.affine_encode import affine_encode, scaled
+from qat.fake_quant_kernels.affine_vjp import affine_vjp, clamped, value_of
+from qat.fake_quant_kernels.device import clip, rint
+from qat.fake_quant_kernels.dispatch import AotCase, Kernel, Op, tl
+from qat.fake_quant_kernels.rows import chunks, field_of, geometry, part, places, tile, tiling
 
-def _grouped(w: Tensor, scale: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """w [R, K] -> [R, G, K/G] so that [R, G, 1] scales broadcast; returns it with the shape of the scales."""
-    groups = scale.shape[1]
-    return w.reshape(w.shape[0], groups, w.shape[1] // groups), (*scale.shape, 1)
+
+def _fake_quantize(w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int) -> Tensor:
+    """w [R, K] -> decode(encode(w)) [R, K] in fp32 (fp64 if w is), except that a NaN stays NaN."""
+    out = _fake_quantize_fake(w, scale, zero, minimum, lo, hi)
+    for rows, _ in chunks(w, 0):
+        s, z, m = part(scale, rows), part(zero, rows), part(minimum, rows)
+        value = scaled(w[rows], s, m, out[rows])
+        # (q + z) - z is q: integers below 2^24
+        clamped(value, z, lo, hi, value).round_().mul_(s.unsqueeze(-1))
+        if m is not None:
+            value += m.unsqueeze(-1)
+    return out
 
 
-def _scaled(
+def _fake_quantize_fake(
     w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int
-) -> tuple[Tensor, Tensor | int, Tensor | int]:
-    """The argument of the clamp [R, G, K/G] and the clamp's bounds (numbers where there is no zero point)."""
-    blocks, shape = _grouped(w, scale)
-    if minimum is not None:
-        blocks = blocks - minimum.reshape(shape)
-    value = blocks * (1.0 / scale).reshape(shape)
-    if zero is None:
-        return value, lo, hi
-    return value, lo - zero.reshape(shape), hi - zero.reshape(shape)
+) -> Tensor:
+    return w.new_empty(w.shape, dtype=torch.promote_types(w.dtype, torch.float32))
 
 
-def _rounded(value: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
-    """Clamp, then round half to even."""
-    return torch.round(torch.clamp(value, low, high))  # type: ignore[arg-type]
+@Kernel
+def _fake_quantize_kernel(
+    w: Any,
+    scale: Any,
+    zero: Any,
+    minimum: Any,
+    out: Any,
+    units: Any,
+    size: Any,
+    lo: Any,
+    hi: Any,
+    SHARED: tl.constexpr,
+    ZERO: tl.constexpr,
+    MINIMUM: tl.constexpr,
+    BN: tl.constexpr,
+    BL: tl.constexpr,
+) -> None:
+    n, j = tile(size, BN, BL)
+    mask_n = n < units
+    mask = mask_n[:, None] & (j < size)[None, :]
+    at = places(n, j, size)
+    s = field_of(scale, n, mask_n, SHARED, 0)
+    v = value_of(w, s, minimum, n, at, mask_n, mask, SHARED, MINIMUM)
+    low, high = lo, hi
+    if ZERO:
+        z = field_of(zero, n, mask_n, SHARED, 0)
+        low, high = lo - z, hi - z
+    x = rint(clip(v, low, high)) * s
+    if MINIMUM:
+        x = x + field_of(minimum, n, mask_n, SHARED, 0)
+    tl.store(out + at, x, mask=mask)
 
 
-def encode(w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int) -> Tensor:
-    """w [R, K] -> codes [R, K] as integral fp32 numbers within lo..hi."""
-    value, low, high = _scaled(w, scale, zero, minimum, lo, hi)
-    codes = _rounded(value, low, high)
-    if zero is not None:
-        codes = codes + zero.reshape(*zero.shape, 1)
-    return codes.reshape(w.shape)
+def _fake_quantize_triton(
+    w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int
+) -> Tensor:
+    out = _fake_quantize_fake(w, scale, zero, minimum, lo, hi)
+    if out.numel():
+        shared = scale.numel() == 1
+        units, size, *_ = geometry(w.shape[0], w.shape[1], 1 if shared else scale.shape[1], False)
+        programs, high, wide = tiling(units, size)
+        s, z, m = (scale if field is None else field.contiguous() for field in (scale, zero, minimum))
+        _fake_quantize_kernel[(programs,)](
+            *(w.contiguous(), s, z, m, out, units, size, float(lo), float(hi)),
+            SHARED=shared,
+            ZERO=zero is not None,
+            MINIMUM=minimum is not None,
+            BN=high,
+            BL=wide,
+        )
+    return out
 
 
-def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None) -> Tensor:
-    """Integral fp32 codes [R, K] -> weights [R, K] in fp32."""
-    blocks, shape = _grouped(codes, scale)
-    if zero is not None:
-        blocks = blocks - zero.reshape(shape)
-    value = blocks * scale.reshape(shape)
-    if minimum is not None:
-        value = value + minimum.reshape(shape)
-    return value.reshape(codes.shape)
+affine_fake = Op("affine_fake", _fake_quantize, _fake_quantize_fake, _fake_quantize_triton)
+
+
+def _case(name: str, dtype: str, size: int, zero: bool = False, minimum: bool = False) -> AotCase:
+    _, high, wide = tiling(1 << 20, size)
+    return AotCase(
+        f"fake quantize {name}",
+        _fake_quantize_kernel,
+        {
+            "w": f"*{dtype}",
+            **dict.fromkeys(("scale", "zero", "minimum", "out"), "*fp32"),
+            **dict.fromkeys(("units", "size"), "i32"),
+            **dict.fromkeys(("lo", "hi"), "fp32"),
+        },
+        {"SHARED": False, "ZERO": zero, "MINIMUM": minimum, "BN": high, "BL": wide},
+    )
+
+
+AOT = (
+    _case("group 32 fp32", "fp32", 32),
+    _case("group 64 bf16 with zero points", "bf16", 64, zero=True),
+    _case("row 4096 fp32 with minima", "fp32", 4096, minimum=True),
+)
+
+
+# ---- what others call ------------------------------------------------------------------------------------------------
+
+
+def encode(
+    w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int, packed: bool = False
+) -> Tensor:
+    """w [R, K] of any float dtype -> codes within lo..hi: int8 (lo < 0) or uint8 [R, K]; packed uint8 [R, K/2]."""
+    return affine_encode(w, scale, zero, minimum, lo, hi, packed)  # type: ignore[no-any-return]
+
+
+def decode(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    minimum: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+    packed: bool = False,
+    signed: bool = True,
+) -> Tensor:
+    """Codes [R, K], integers or integral floats (packed: uint8 [R, K/2], with the grid's sign) -> weights [R, K].
+
+    fp32 arithmetic, then one cast to `dtype`.
+    """
+    return affine_decode(codes, scale, zero, minimum, dtype, packed, signed)  # type: ignore[no-any-return]
+
+
+def vjp(
+    grad: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    minimum: Tensor | None,
+    lo: int,
+    hi: int,
+    identity: bool,
+    need_w: bool,
+    need_scale: bool,
+    need_zero: bool,
+    need_minimum: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `fake_quantize` for grad [R, K]: dw in the dtype of grad, the fields' in fp32 and their shape.
+
+    None where not needed. With `identity` dw is `grad` itself.
+    """
+    need_zero, need_minimum = need_zero and zero is not None, need_minimum and minimum is not None
+    ours, need_lost = need_w and not identity, need_zero or need_minimum
+    dw: Tensor | None = grad if need_w else None
+    if not (ours or need_scale or need_lost):
+        return dw, None, None, None
+    found, dscale, lost = affine_vjp(grad, w, scale, zero, minimum, lo, hi, ours, need_scale, need_lost)
+    return (
+        found if ours else dw,
+        dscale if need_scale else None,
+        lost * -scale if need_zero else None,
+        lost if need_minimum else None,
+    )
+
+
+def poisoned(scale: Tensor, w: Tensor) -> Tensor:
+    """`scale` [R, G] or [1, 1] as it is, or NaN throughout if w holds one, so that a diverged run shows; no sync."""
+    if not w.numel():
+        return scale
+    return scale + 0.0 * torch.nan_to_num(w.detach().amax().float(), nan=torch.nan, posinf=0.0, neginf=0.0)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -86,33 +214,11 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(w, scale, zero, minimum)
         ctx.grid = (lo, hi, identity)
-        return decode(encode(w, scale, zero, minimum, lo, hi), scale, zero, minimum)
+        return affine_fake(w, scale, zero, minimum, lo, hi)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        w, scale, zero, minimum = ctx.saved_tensors
-        lo, hi, identity = ctx.grid
-        grad = grads[0]
-        if identity and not any(ctx.needs_input_grad[1:4]):
-            return grad, None, None, None, None, None, None
-        value, low, high = _scaled(w, scale, zero, minimum, lo, hi)
-        inside = (value >= low) & (value <= high)
-        blocks = grad.reshape(value.shape)
-
-        def reduced(terms: Tensor) -> Tensor:
-            total = terms.sum(-1)
-            return total if total.shape == scale.shape else total.sum_to_size(scale.shape)
-
-        dw = grad if identity else (blocks * inside).reshape(w.shape)
-        dscale = dzero = dminimum = None
-        if ctx.needs_input_grad[1]:
-            # not `value * inside`: a value beyond fp32 is infinite, and infinity times 0 is NaN
-            dscale = reduced(blocks * (_rounded(value, low, high) - value.masked_fill(~inside, 0.0)))
-        if zero is not None and ctx.needs_input_grad[2]:
-            dzero = -reduced(blocks * ~inside) * scale
-        if minimum is not None and ctx.needs_input_grad[3]:
-            dminimum = reduced(blocks * ~inside)
-        return dw, dscale, dzero, dminimum, None, None, None
+        return (*vjp(grads[0], *ctx.saved_tensors, *ctx.grid, *ctx.needs_input_grad[:4]), None, None, None)
 
 
 def fake_quantize(
@@ -126,6 +232,6 @@ def fake_quantize(
 ) -> Tensor:
     """`decode(encode(w))` with the gradients above; `identity` passes dw everywhere (dynamic scales).
 
-    w [R, K] fp32; scale, zero, minimum [R, G] or [1, 1] fp32 (zero integral). Returns [R, K] fp32.
+    w [R, K] fp32; scale, zero, minimum [R, G] or [1, 1] fp32 (zero integral). Returns [R, K] fp32; NaN stays NaN.
     """
     return _FakeQuantize.apply(w, scale, zero, minimum, lo, hi, identity)  # type: ignore[no-any-return, no-untyped-call]

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from qat.errors import ExportError, QATError, RecipeError
     from qat.export import Receipt, export, rehearse_export
     from qat.plan import Plan
-    from qat.prepare import after_optimizer_step, apply_schedule, initialize, is_prepared, plan, prepare, unprepare
+    from qat.prepare import is_prepared, plan, prepare, unprepare
     from qat.qtensor import QTensor
     from qat.specs import QuantSpec
+    from qat.steps import after_optimizer_step, apply_schedule, initialize, weights_changed
     from qat.verify import verify
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "rehearse_export",
     "unprepare",
     "verify",
+    "weights_changed",
 ]
 
 _HOMES = {
@@ -55,17 +57,10 @@ _HOMES = {
     "qat.errors": ("ExportError", "QATError", "RecipeError"),
     "qat.export": ("Receipt", "export", "rehearse_export"),
     "qat.plan": ("Plan",),
-    "qat.prepare": (
-        "after_optimizer_step",
-        "apply_schedule",
-        "initialize",
-        "is_prepared",
-        "plan",
-        "prepare",
-        "unprepare",
-    ),
+    "qat.prepare": ("is_prepared", "plan", "prepare", "unprepare"),
     "qat.qtensor": ("QTensor",),
     "qat.specs": ("QuantSpec",),
+    "qat.steps": ("after_optimizer_step", "apply_schedule", "initialize", "weights_changed"),
     "qat.verify": ("verify",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

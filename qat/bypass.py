@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qat.errors import QATError
-from qat.layers import QATLayer, is_inside
+from qat.layers import QATLayer
+from qat.node import is_inside
 
 _FAST_PATHS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from qat.errors import ExportError, QATError
 from qat.layers import QATLayer, input_quantizer, weight_quantizers
 from qat.plan import Plan, deployed, has_config
-from qat.prepare import apply_schedule, full, prepare, qat_layers, remember_dtypes, schedule_of, whole_quantizer
+from qat.prepare import prepare
 from qat.qtensor import QTensor
 from qat.quantizers import Fields, Quantizer
 from qat.recipes import from_dict
 from qat.specs import QuantSpec
 from qat.state import CHILD, find_record, require_state
+from qat.steps import apply_schedule, full, qat_layers, remember_dtypes, schedule_of, whole_quantizer
 
 
 class Bundle(Mapping[str, QTensor]):

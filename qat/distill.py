@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from qat.errors import QATError
+from qat.fake_quant_kernels.dispatch import uncompiled
 from qat.prepare import unprepare
 
 _TAP = "_qat_tap"
@@ -170,12 +171,12 @@ class Tap:
         kept, self.kept = self.kept, []
         return torch.stack(kept).mean()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def teach(self, args: Any, kwargs: Any) -> Tensor:
         with torch.no_grad():
             return output_of(self.teacher(*args, **kwargs)).detach()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def keep(self, student: Any, teacher: Tensor, kwargs: Mapping[str, Any]) -> None:
         mine = output_of(student)
         if mine.shape != teacher.shape:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.convert import convert
-from qat.prepare import full
 from qat.qtensor import QTensor
+from qat.steps import full
 
 # Codes of a tensor that are compared over time; a sample is enough and costs one byte each.
 _SAMPLED = 1 << 16

@@ -1,28 +1,32 @@
-"""QAT layers: the user's module with its class swapped in place, one autograd node per call.
+"""QAT layers: the user's module with its class swapped in place, one autograd node per call (`qat.node`).
 
     y = op(x_hat, w_hat),  w_hat = quantizer(w),  x_hat = input_quantizer(x)
-
-Forward saves x and the Parameters; backward quantizes again. Nothing that is as large as the weight stays alive
-between the two, which is what keeps FSDP2's sharding worth having.
 
 While inactive a layer runs the float op of its own class, bit for bit, and gives its scales a zero gradient (so DDP
 has no unused parameters). Names, hooks, attributes, tying and flags of the module stay as they are; the quantizers
 are children called `<weight>_quantizer` and `input_quantizer`.
+
+Compiled (torch.compile, fullgraph too), a layer is part of the graph: its codes are inputs where the cache holds them,
+else the graph quantizes. Layers of experts break the graph: their backward runs the module's own forward again.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import threading
+import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qat.codes import CodeCache, Entry, packs, quantize
+from qat.fake_quant_kernels import int8_linear
+from qat.fake_quant_kernels.dispatch import uncompiled
+from qat.node import Call, KeepInGraph, QuantizedLayer, Slot, inside, random_state
 from qat.ops import ConvOp, EmbeddingOp, ExpertsOp, LayerOp, LinearOp
+from qat.qtensor import Fields
 from qat.quantizers import Quantizer
-from qat.specs import QuantSpec
 
 _OPS: dict[type[nn.Module], tuple[str, LayerOp]] = {
     nn.Linear: ("Linear", LinearOp()),
@@ -66,17 +70,21 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return live.original if isinstance(live, Live) else type(module)
 
 
-@dataclass
+@dataclass(eq=False)
 class Live:
     """What a layer is doing now; set by the schedule, plain attributes so that nothing averages or casts them."""
 
     original: type[nn.Module]
     op: LayerOp
     active: bool = False
-    strength: float = 1.0
+    # strength between 0 and 1 on the device of the weight; None at full strength
+    blend: Tensor | None = None
     # dtypes of the last active forward: what the quantizer read and what it gave (export runs the same path)
     latent_dtype: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
+    # codes of 8-bit weights and inputs are multiplied as integers where the machine can
+    real: bool = True
+    cache: CodeCache = field(default_factory=CodeCache)
     # the prepared root's record: a module whose `training` is the root's
     root: nn.Module | None = None
 
@@ -90,32 +98,27 @@ class Live:
         return torch.is_grad_enabled() and (layer.training or (self.root is not None and self.root.training))
 
 
-# > 0 while one of our nodes or float ops is running: the rehearsal lets these touch planned weights
-_inside = 0
-
-
-@contextlib.contextmanager
-def inside() -> Iterator[None]:
-    global _inside
-    _inside += 1
-    try:
-        yield
-    finally:
-        _inside -= 1
-
-
-def is_inside() -> bool:
-    return _inside > 0
-
-
 class QATLayer(nn.Module):
     """First base of every swapped class; never instantiated."""
 
     _qat: Live
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = _forward(self, args, kwargs)
-        return y
+        live = self._qat
+        if not live.active:
+            return _float(self, live, args, kwargs)
+        if live.op.replays:
+            y: Tensor = _apart(self, live, args, kwargs)
+            return y
+        return _quantized(self, live, args, kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._qat.cache.forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._qat.cache.forget()
+        super()._load_from_state_dict(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _revive, (self._qat.original,), self.__dict__
@@ -155,31 +158,137 @@ def layer_quantizers(layer: nn.Module) -> list[Quantizer]:
     return [*found, x_quantizer] if x_quantizer is not None else found
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _forward(layer: QATLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    live = layer._qat
-    learned = [p for quantizer in layer_quantizers(layer) for p in quantizer.learned()]
+def _float(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x_quantizer = input_quantizer(layer)
     with inside():
-        if not live.active:
-            y: Tensor = live.original.forward(layer, *args, **kwargs)
-            if x_quantizer is not None and live.trains(layer):
-                _observe(x_quantizer, live.op.inputs(layer, args, kwargs)[0])
-            wanted = [p for p in learned if p.requires_grad]
-            if not wanted or not torch.is_grad_enabled():
-                return y
-            return _KeepInGraph.apply(y, *wanted)  # type: ignore[no-any-return, no-untyped-call]
-        inputs = live.op.inputs(layer, args, kwargs)
+        y: Tensor = live.original.forward(layer, *args, **kwargs)
         if x_quantizer is not None and live.trains(layer):
-            _observe(x_quantizer, inputs[0])
-        quantized = weight_quantizers(layer)
-        kinds = live.op.kinds(layer)
-        weights = [getattr(layer, name) for name in kinds]
-        dtype = _compute_dtype(live.op, inputs, weights)
+            _observe(x_quantizer, live.op.inputs(layer, args, kwargs)[0])
+        return _kept_in_graph(y, layer_quantizers(layer))
+
+
+def _kept_in_graph(y: Tensor, idle: list[Quantizer]) -> Tensor:
+    """y, on which the learned scales of quantizers that do not use them now depend with a gradient of zero."""
+    learned = [p for quantizer in idle for p in quantizer.learned() if p.requires_grad]
+    if not learned or not torch.is_grad_enabled():
+        return y
+    return KeepInGraph.apply(y, *learned)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    with inside():
+        op = live.op
+        inputs = op.inputs(layer, args, kwargs)
+        kinds = op.kinds(layer)
+        weights = [getattr(layer, key) for key in kinds]
+        dtype = _compute_dtype(op, inputs, weights)
         live.latent_dtype, live.out_dtype = weights[0].dtype, dtype
-        quantizers = [quantized.get(name) for name in kinds]
-        call = _Call(layer, live.op, dtype, quantizers, x_quantizer, live.strength, len(inputs))
-        return _QuantizedLayer.apply(call, *inputs, *weights, *learned)  # type: ignore[no-any-return, no-untyped-call]
+        with torch.autocast(device_type=weights[0].device.type, enabled=False):
+            x_slot, x_quantized = _input(layer, live, inputs[0])
+            slots, quantized = [], []
+            quantizers = weight_quantizers(layer)
+            for key, w in zip(kinds, weights, strict=True):
+                slot, entry = _weight(live, key, w, quantizers.get(key))
+                slots.append(slot)
+                quantized += entry
+        integer = live.real and _multiplies_codes(op, live.blend, x_slot, x_quantized, slots[0], quantized, dtype)
+        random = random_state(layer) if op.replays else None
+        call = Call(layer, op, dtype, x_slot, tuple(slots), len(inputs), integer, random)
+        y: Tensor = QuantizedLayer.apply(call, live.blend, *inputs, *weights, *x_quantized, *quantized)  # type: ignore[no-untyped-call]
+        return _kept_in_graph(y, [q for q in layer_quantizers(layer) if q.frozen])
+
+
+_apart = uncompiled(_quantized)
+
+_Quantized = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+_NOTHING: _Quantized = (None, None, None, None)
+
+
+def _weight(live: Live, key: str, w: Tensor, quantizer: Quantizer | None) -> tuple[Slot | None, _Quantized]:
+    """The slot of a weight with its codes and fields; fields of learned scales bring their gradient."""
+    if quantizer is None:
+        return None, _NOTHING
+    spec, layout, cache = quantizer.live_spec, quantizer.layout, live.cache
+    w_RK = layout.to_rows(w.detach())
+    packed = packs(spec, w_RK)
+    if torch.compiler.is_compiling():
+        found = cache.entries.get(key)
+        keep = found is not None
+        entry: Entry = found if found is not None else quantize(quantizer, w_RK, False)
+    else:
+        entry, keep = cache.quantized(key, w, w_RK, quantizer, packed)
+    slot = Slot(quantizer, spec, layout, packed and keep, keep)
+    if torch.is_grad_enabled() and any(p.requires_grad for p in quantizer.learned()):
+        return slot, (entry[0], *_visible(quantizer.qparams(w_RK.float()), entry[1]))
+    return slot, entry
+
+
+def _visible(fields: Fields, scale: Tensor) -> Fields:
+    """Differentiable fields; NaN where the scale that the codes came with is (it equals theirs otherwise)."""
+    return fields._replace(scale=fields.scale + (scale - fields.scale).detach())
+
+
+def _input(layer: nn.Module, live: Live, x: Tensor | None) -> tuple[Slot | None, _Quantized]:
+    """The slot of the input with its codes and fields."""
+    quantizer = input_quantizer(layer)
+    if quantizer is None or x is None or not x.is_floating_point():
+        return None, _NOTHING
+    if live.trains(layer):
+        _observe(quantizer, x)
+    spec = quantizer.live_spec
+    slot = Slot(quantizer, spec, quantizer.rows_layout(x))
+    if not quantizer.identity_gradient:
+        fields = quantizer.qparams(slot.rows(x.detach()).float())
+        codes, used = quantizer.quantize(slot.rows(x.detach()), spec, fields)
+        return slot, (codes, *_visible(fields, used.scale))
+    if torch.compiler.is_compiling():
+        codes, fields = quantizer.quantize(slot.rows(x.detach()), spec)
+    else:
+        codes, fields = _recent.quantized(x, slot)
+    return slot, (codes, *fields)
+
+
+class _Recent(threading.local):
+    """Layers that read the same tensor (q, k and v; gate and up) share its codes."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.x: weakref.ref[Tensor] | None = None
+        self.found: Any = None
+
+    def quantized(self, x: Tensor, slot: Slot) -> Any:
+        key = (slot.quantizer.name, slot.spec, -1 if x.is_inference() else x._version)
+        if self.x is None or self.x() is not x or self.key != key:
+            # gone with x, so that nothing outlives the layers that share it
+            self.x, self.key = weakref.ref(x, self._gone), key
+            self.found = slot.quantizer.quantize(slot.rows(x.detach()), slot.spec)
+        return self.found
+
+    def _gone(self, ref: Any) -> None:
+        if self.x is ref:
+            self.x = self.key = self.found = None
+
+
+_recent = _Recent()
+
+
+def _multiplies_codes(
+    op: LayerOp,
+    blend: Tensor | None,
+    x_slot: Slot | None,
+    x_quantized: _Quantized,
+    w_slot: Slot | None,
+    w_quantized: Any,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether the codes themselves can be multiplied: y = (x_codes w_codes^T) * x_scale * w_scale."""
+    if not isinstance(op, LinearOp) or op.transposed or blend is not None or x_slot is None or w_slot is None:
+        return False
+    codes, scale, zero, minimum = w_quantized
+    if w_slot.packed or zero is not None or minimum is not None or scale.shape[1] != 1 or x_quantized[3] is not None:
+        return False
+    assert x_quantized[0] is not None
+    return not int8_linear.reasons(x_quantized[0], codes, dtype, x_quantized[2] is not None)
 
 
 def _observe(quantizer: Quantizer, x: Tensor | None) -> None:
@@ -194,187 +303,3 @@ def _compute_dtype(op: LayerOp, inputs: tuple[Tensor | None, ...], weights: list
     if op.autocasts() and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weights[0].dtype
-
-
-def _no_view(y: Tensor) -> Tensor:
-    """The same numbers in the same memory, but free to be changed in place (`nn.ReLU(inplace=True)` after a layer):
-    autograd refuses that for views that a Function hands out."""
-    return torch.ops.aten._unsafe_view(y, y.shape) if y.is_contiguous() else y.clone()
-
-
-class _KeepInGraph(torch.autograd.Function):
-    """y unchanged; the scales get a gradient of zero."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, *learned: Tensor) -> Tensor:
-        ctx.save_for_backward(*learned)
-        return _no_view(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return (grads[0], *(torch.zeros_like(p) for p in ctx.saved_tensors))
-
-
-@dataclass
-class _Call:
-    """The parts of one call that are not tensors."""
-
-    layer: nn.Module
-    op: LayerOp
-    dtype: torch.dtype
-    weight_quantizers: list[Quantizer | None]
-    input_quantizer: Quantizer | None
-    strength: float
-    inputs: int
-
-    def __post_init__(self) -> None:
-        # what each quantizer was doing: backward may come after the schedule has moved on
-        self.states = [(q, q.live_spec, q.frozen) for q in layer_quantizers(self.layer)]
-        # quantizer and name of each learned scale, in the order in which the node gets them
-        self.slots = [
-            (q, next(name for name, value in q._parameters.items() if value is p))
-            for q, _, _ in self.states
-            for p in q.learned()
-        ]
-        self.random = _random_state(self.layer) if self.op.replays else None
-
-    @contextlib.contextmanager
-    def again(self, learned: list[Tensor]) -> Iterator[None]:
-        """Inside, the quantizers are as they were in the forward, with `learned` in place of their parameters."""
-        kept = [q._parameters[name] for q, name in self.slots]
-        now = [(q, q.live_spec, q.frozen) for q, _, _ in self.states]
-        try:
-            self._set(self.states, learned)
-            yield
-        finally:
-            self._set(now, kept)
-
-    def _set(self, states: list[tuple[Quantizer, QuantSpec, bool]], learned: Sequence[Tensor | None]) -> None:
-        for quantizer, live_spec, frozen in states:
-            quantizer.live_spec, quantizer.frozen = live_spec, frozen
-        for (quantizer, name), value in zip(self.slots, learned, strict=True):
-            quantizer._parameters[name] = value  # type: ignore[assignment]
-
-    def weight(self, index: int, w: Tensor) -> Tensor:
-        """w_hat in the compute dtype; between strengths 0 and 1 on the way from w to w_hat."""
-        quantizer = self.weight_quantizers[index]
-        if quantizer is None:
-            return w.to(self.dtype)
-        fake = quantizer(w, self.dtype)
-        return fake if self.strength >= 1.0 else torch.lerp(w.to(self.dtype), fake, self.strength)
-
-    def input(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        quantizer = self.input_quantizer
-        if quantizer is None:
-            return x.to(self.dtype)
-        fake = quantizer(x, self.dtype)
-        return fake if self.strength >= 1.0 else torch.lerp(x.to(self.dtype), fake, self.strength)
-
-    def cast(self, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """The inputs after x: parameters in the compute dtype, what the caller gave as it came."""
-        given = self.op.given(self.layer, 1 + len(inputs)) - 1
-        return tuple(
-            t.to(self.dtype) if t is not None and t.is_floating_point() and i >= given else t
-            for i, t in enumerate(inputs)
-        )
-
-
-class _QuantizedLayer(torch.autograd.Function):
-    """The one node: arguments are the call, its inputs, the weights, and every learned scale."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> Tensor:
-        count = len(call.weight_quantizers)
-        inputs, weights = tensors[: call.inputs], tensors[call.inputs : call.inputs + count]
-        ctx.call = call
-        ctx.save_for_backward(*tensors)
-        with torch.autocast(device_type=weights[0].device.type, enabled=False):  # type: ignore[union-attr]
-            x_hat = call.input(inputs[0])  # type: ignore[arg-type]
-            w_hats = [call.weight(i, w) for i, w in enumerate(weights)]  # type: ignore[arg-type]
-            y = call.op.forward(call.layer, (x_hat, *call.cast(inputs[1:])), w_hats)
-            return _no_view(y) if y._is_view() else y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        call: _Call = ctx.call
-        tensors = ctx.saved_tensors
-        count, n = len(call.weight_quantizers), call.inputs
-        inputs, weights = tensors[:n], tensors[n : n + count]
-        needs = ctx.needs_input_grad[1:]
-        learned = [
-            p.detach().requires_grad_(need) for p, need in zip(tensors[n + count :], needs[n + count :], strict=True)
-        ]
-        learns = {id(p): p.requires_grad for p in learned}
-        with inside(), call.again(learned), torch.autocast(device_type=grad.device.type, enabled=False):
-            with torch.enable_grad():
-                x = inputs[0].detach().requires_grad_(needs[0])
-                x_hat = call.input(x)
-                fresh = [w.detach().requires_grad_(need) for w, need in zip(weights, needs[n : n + count], strict=True)]
-                w_hats = [call.weight(i, w) for i, w in enumerate(fresh)]
-            wanted = [x_hat.requires_grad, *needs[1:n], *(w.requires_grad for w in w_hats)]
-            with _replayed(call.random):
-                dinputs, dweights = call.op.backward(
-                    call.layer,
-                    grad.to(call.dtype) if grad.is_floating_point() else grad,
-                    (x_hat.detach(), *call.cast(inputs[1:])),
-                    [w.detach() for w in w_hats],
-                    wanted,
-                )
-            scales: dict[int, Tensor] = {}
-            dx = _pull(x_hat, x, dinputs[0], call.input_quantizer, learns, scales)
-            dws = [
-                _pull(w_hat, w, dw, quantizer, learns, scales)
-                for w_hat, w, dw, quantizer in zip(w_hats, fresh, dweights, call.weight_quantizers, strict=True)
-            ]
-        dothers = [None if d is None else d.to(t.dtype) for d, t in zip(dinputs[1:], inputs[1:], strict=True)]
-        dlearned = [
-            scales.get(id(p), torch.zeros_like(p)) if need else None
-            for p, need in zip(learned, needs[n + count :], strict=True)
-        ]
-        return (None, dx, *dothers, *dws, *dlearned)
-
-
-def _random_state(layer: nn.Module) -> tuple[Tensor, int | None, Tensor | None]:
-    """State of the host's random numbers, and of the GPU that the layer lies on."""
-    device = next(p.device for p in layer.parameters())
-    if device.type != "cuda":
-        return torch.get_rng_state(), None, None
-    return torch.get_rng_state(), device.index, torch.cuda.get_rng_state(device)
-
-
-@contextlib.contextmanager
-def _replayed(state: tuple[Tensor, int | None, Tensor | None] | None) -> Iterator[None]:
-    """Inside, random numbers are those of `state`; outside, they go on as if nothing had happened."""
-    if state is None:
-        yield
-        return
-    host, index, device = state
-    with torch.random.fork_rng(devices=[] if index is None else [index]):
-        torch.set_rng_state(host)
-        if device is not None:
-            torch.cuda.set_rng_state(device, index)  # type: ignore[arg-type]
-        yield
-
-
-def _pull(
-    fake: Tensor,
-    latent: Tensor,
-    grad: Tensor | None,
-    quantizer: Quantizer | None,
-    learns: dict[int, bool],
-    scales: dict[int, Tensor],
-) -> Tensor | None:
-    """Gradient of the latent; those of the quantizer's own parameters are added to `scales`."""
-    if grad is None or not fake.requires_grad:
-        return None
-    own = [p for p in (quantizer.learned() if quantizer is not None else ()) if learns.get(id(p))]
-    leaves = [t for t in (latent, *own) if t.requires_grad]
-    found = torch.autograd.grad(fake, leaves, grad, allow_unused=True)
-    by_id = dict(zip(map(id, leaves), found, strict=True))
-    for p in own:
-        if by_id[id(p)] is not None:
-            scales[id(p)] = by_id[id(p)] + scales[id(p)] if id(p) in scales else by_id[id(p)]
-    return by_id.get(id(latent))

@@ -48,6 +48,10 @@ class LayerOp:
         """Whether torch's autocast would run this layer in its lower dtype."""
         return True
 
+    def needs_x(self, needs: Sequence[bool]) -> bool:
+        """Whether backward reads x; `needs` says which weights' gradients are wanted."""
+        return True
+
     def forward(self, module: Any, inputs: Tensors, weights: Sequence[Tensor]) -> Tensor:
         raise TypeError(f"{type(self).__name__} has no forward")
 
@@ -66,6 +70,9 @@ class LinearOp(LayerOp):
     def kinds(self, module: nn.Module) -> dict[str, str]:
         return {"weight": "transposed" if self.transposed else "linear"}
 
+    def needs_x(self, needs: Sequence[bool]) -> bool:
+        return any(needs)
+
     def forward(self, module: Any, inputs: Tensors, weights: Sequence[Tensor]) -> Tensor:
         x, bias = inputs
         assert x is not None
@@ -79,7 +86,6 @@ class LinearOp(LayerOp):
         self, module: Any, grad: Tensor, inputs: Tensors, weights: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Tensors, Tensors]:
         x = inputs[0]
-        assert x is not None
         need_x, need_bias, need_w = needs
         rows = grad.reshape(-1, grad.shape[-1])
         w_OI = weights[0].t() if self.transposed else weights[0]
@@ -87,6 +93,7 @@ class LinearOp(LayerOp):
         dbias = rows.sum(0) if need_bias else None
         dw = None
         if need_w:
+            assert x is not None
             x_BI = x.reshape(-1, x.shape[-1])
             dw = x_BI.t() @ rows if self.transposed else rows.t() @ x_BI
         return (dx, dbias), (dw,)

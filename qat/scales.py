@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import RecipeError
+from qat.fake_quant_kernels.storage import project, project_minimum
 
 # (code - zero_point) spans at most 255 < 2^8 steps: below 2^119 no product leaves fp32's or bf16's range.
 _LARGEST = 2.0**119
@@ -42,19 +43,14 @@ class ScaleGrid:
     def project(self, scale: Tensor) -> Tensor:
         """fp32 scales of any shape -> the nearest storable positive fp32 numbers; gradient passes straight through."""
         with torch.no_grad():
-            stored = torch.nan_to_num(scale, nan=self.largest, posinf=self.largest, neginf=self.smallest)
-            stored = stored.clamp(self.smallest, self.largest).to(self.dtype).to(torch.float32)
+            stored = project(scale, self.dtype, self.smallest, self.largest)
         return _straight_through(scale, stored)
 
     def project_minimum(self, minimum: Tensor) -> Tensor:
         """fp32 minima (any sign, zero included) -> the nearest storable numbers; gradient passes straight through."""
         with torch.no_grad():
-            stored = torch.nan_to_num(minimum, nan=0.0, posinf=self.largest, neginf=-self.largest)
-            stored = stored.clamp(-self.largest, self.largest).to(self.dtype).to(torch.float32)
-            if self.name == "portable":
-                stored = stored.to(torch.float16).to(torch.float32)
-            elif self.dtype == torch.float32:
-                stored = torch.where(stored.abs() < self.smallest, torch.zeros_like(stored), stored)
+            portable = self.name == "portable"
+            stored = project_minimum(minimum, self.dtype, self.smallest, self.largest, portable)
         return _straight_through(minimum, stored)
 
     @property

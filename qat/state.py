@@ -56,6 +56,9 @@ class QATState(nn.Module):
         self.plan: Plan | None = None
         self.schedule: Schedule | None = None
         self.applied: State | None = None
+        # what `prepare` was told about this machine, not about the model: never saved
+        self.code_cache: bool | int = True
+        self.real = True
         # the optimizers of a hand-written loop were found to hold every learned scale
         self.checked = False
         # True once a checkpoint with quantizer state was loaded into this model

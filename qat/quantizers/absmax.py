@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qat.qtensor import Fields
-from qat.quantizers.base import Quantizer, absmax_scale
+from qat.quantizers.base import Quantizer, absmax_fields, fused_absmax
 from qat.specs import QuantSpec
 
 
@@ -31,4 +31,7 @@ class Absmax(Quantizer):
         return found
 
     def qparams(self, w_RK: Tensor) -> Fields:
-        return Fields(self.live_spec.scale_grid.project(absmax_scale(w_RK.detach(), self.live_spec)))
+        return absmax_fields(w_RK.detach(), self.live_spec)
+
+    def fused(self, w_RK: Tensor, spec: QuantSpec, packed: bool) -> tuple[Tensor, Fields] | None:
+        return fused_absmax(w_RK, spec, packed)

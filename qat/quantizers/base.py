@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QATError
-from qat.fake_quant_kernels.affine import encode, fake_quantize
+from qat.fake_quant_kernels import dynamic
+from qat.fake_quant_kernels import fields as ranges
+from qat.fake_quant_kernels.affine import encode, fake_quantize, poisoned
 from qat.layout import Layout
 from qat.qtensor import Fields, QTensor
 from qat.specs import QuantSpec
@@ -83,6 +85,11 @@ class Quantizer(nn.Module):
     def qparams(self, w_RK: Tensor) -> Fields:
         """Stored fields for fp32 rows [R, K] (or [T, I]); a subclass writes this."""
         raise TypeError(f"{type(self).__name__} has no qparams")
+
+    def fused(self, w_RK: Tensor, spec: QuantSpec, packed: bool) -> tuple[Tensor, Fields] | None:
+        """Codes and fields of a dynamic scale in one pass over the data, the same numbers as `qparams` and `encode`
+        give; a group that holds a NaN gets a scale of NaN. None: there is no such pass."""
+        return None
 
     def learned(self) -> tuple[nn.Parameter, ...]:
         """Parameters that the optimizer moves, in a fixed order."""
@@ -146,6 +153,29 @@ class Quantizer(nn.Module):
 
     @final
     @torch.no_grad()
+    def quantize(
+        self, w_RK: Tensor, spec: QuantSpec, fields: Fields | None = None, *, packed: bool = False
+    ) -> tuple[Tensor, Fields]:
+        """What a layer computes with: codes [R, K] (`packed`: two of them in a byte) and the fields that decode them.
+
+        The numbers of `integers`, but a NaN in w shows: its scale is NaN, so that a run that diverged does not go on
+        with zeros. `fields` are used where given (of a scale that stays).
+        """
+        if fields is None:
+            kept, self.live_spec = self.live_spec, spec
+            try:
+                found = self.fused(w_RK, spec, packed)
+                fields = self.qparams(w_RK.float()) if found is None else None
+            finally:
+                self.live_spec = kept
+            if found is not None:
+                return found
+        assert fields is not None
+        codes = encode(w_RK, *fields, spec.grid.qmin, spec.grid.qmax, packed)
+        return codes, fields._replace(scale=poisoned(fields.scale, w_RK))
+
+    @final
+    @torch.no_grad()
     def integers(self, w: Tensor, out_dtype: torch.dtype | None = None) -> QTensor:
         """The codes and fields that `forward` used, as a QTensor. Raises QATError where w is not finite."""
         if not bool(torch.isfinite(w).all()):
@@ -182,45 +212,68 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def grouped(w_RK: Tensor, spec: QuantSpec) -> Tensor:
-    """Rows [R, K] -> [R, G, K/G] (or [1, 1, R*K] per tensor): numbers that share a scale lie along the last dim."""
-    if spec.granularity == "tensor":
-        return w_RK.reshape(1, 1, -1)
-    groups = spec.groups(w_RK.shape[1])
-    return w_RK.reshape(w_RK.shape[0], groups, w_RK.shape[1] // groups)
+def _reach(spec: QuantSpec) -> float:
+    """Half the distance of the outermost codes, 7.5 for int4 and 127.5 for int8 as compressed-tensors and torchao have
+    it, 7 and 127 for narrow grids: the error of absmax stays within half a step on both sides. Unsigned (never negative
+    inputs): the largest code."""
+    return spec.grid.steps / 2 if spec.grid.signed else spec.grid.qmax
 
 
-def absmax_scale(w_RK: Tensor, spec: QuantSpec) -> Tensor:
-    """Scale [R, G] that spreads the grid over +-absmax: the error stays within half a step on both sides.
+def _grouping(w_RK: Tensor, spec: QuantSpec) -> tuple[Tensor, int]:
+    """(rows, groups in a row); per tensor all numbers are one row."""
+    return (w_RK.reshape(1, -1), 1) if spec.granularity == "tensor" else (w_RK, spec.groups(w_RK.shape[1]))
 
-    Signed: absmax / ((qmax - qmin) / 2), so 7.5 for int4 and 127.5 for int8 as compressed-tensors and torchao do;
-    narrow grids give 7 and 127. Unsigned (never negative inputs): absmax / qmax. Written as a multiplication by the
-    reciprocal: that is what CUDA makes of a division by a number, and a scale must not depend on the device.
-    """
-    grid = spec.grid
-    reach = grid.steps / 2 if grid.signed else grid.qmax
-    return _amax(grouped(w_RK, spec).abs()) * (1.0 / reach)
+
+def _bounds(spec: QuantSpec) -> tuple[torch.dtype, float, float]:
+    storage = spec.scale_grid
+    return storage.dtype, storage.smallest, storage.largest
+
+
+def absmax_fields(w_RK: Tensor, spec: QuantSpec) -> Fields:
+    """The scale [R, G] or [1, 1] that spreads the grid over +-absmax of each group."""
+    return Fields(ranges.absmax_fields(*_grouping(w_RK, spec), 1.0 / _reach(spec), *_bounds(spec)))
 
 
 def minmax_fields(w_RK: Tensor, spec: QuantSpec) -> Fields:
     """Fields that spread the grid over [min, max]; with an integer zero point the range includes 0."""
-    blocks = grouped(w_RK, spec)
-    low, high = -_amax(-blocks), _amax(blocks)
-    return fields_of_range(low, high, spec)
+    return fields_of_range(*ranges.range_of(*_grouping(w_RK, spec)), spec)
 
 
 def fields_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> Fields:
     """Stored fields [R, G] for ranges low..high [R, G]."""
     grid = spec.grid
-    if spec.zero_point == "float":
-        minimum = spec.scale_grid.project_minimum(low)
-        return Fields(spec.scale_grid.project((high - minimum) * (1.0 / grid.steps)), None, minimum)
-    if spec.zero_point == "int":
-        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-        scale = spec.scale_grid.project((high - low) * (1.0 / grid.steps))
-        return Fields(scale, zero_of(low, scale, spec), None)
-    reach = grid.steps / 2 if grid.signed else grid.qmax
-    return Fields(spec.scale_grid.project(torch.maximum(-low, high) * (1.0 / reach)), None, None)
+    if spec.zero_point == "none":
+        return Fields(ranges.scale_of_amax(torch.maximum(-low, high), 1.0 / _reach(spec), *_bounds(spec)))
+    half, real = spec.scale_grid.name == "portable", spec.zero_point == "float"
+    found = ranges.fields_of_range(low, high, 1.0 / grid.steps, grid.qmin, grid.qmax, *_bounds(spec), half, real)
+    return _asymmetric(*found, spec)
+
+
+def fused_absmax(w_RK: Tensor, spec: QuantSpec, packed: bool) -> tuple[Tensor, Fields] | None:
+    """`Quantizer.fused` with `absmax_fields`."""
+    if spec.granularity == "tensor":
+        return None
+    grid, groups = spec.grid, spec.groups(w_RK.shape[1])
+    codes, scale = dynamic.absmax(
+        w_RK, groups, 1.0 / _reach(spec), grid.qmin, grid.qmax, *_bounds(spec), grid.signed, packed, poison=True
+    )
+    return codes, Fields(scale)
+
+
+def fused_minmax(w_RK: Tensor, spec: QuantSpec, packed: bool) -> tuple[Tensor, Fields] | None:
+    """`Quantizer.fused` with `minmax_fields`."""
+    if spec.granularity == "tensor":
+        return None
+    grid, groups = spec.grid, spec.groups(w_RK.shape[1])
+    half, real = spec.scale_grid.name == "portable", spec.zero_point == "float"
+    codes, *found = dynamic.minmax(
+        w_RK, groups, 1.0 / grid.steps, grid.qmin, grid.qmax, *_bounds(spec), half, real, packed, poison=True
+    )
+    return codes, _asymmetric(*found, spec)
+
+
+def _asymmetric(scale: Tensor, second: Tensor, spec: QuantSpec) -> Fields:
+    return Fields(scale, None, second) if spec.zero_point == "float" else Fields(scale, second)
 
 
 def range_of_fields(fields: Fields, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -232,16 +285,3 @@ def range_of_fields(fields: Fields, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         return (grid.qmin - fields.zero) * fields.scale, (grid.qmax - fields.zero) * fields.scale
     reach = fields.scale * (grid.steps / 2 if grid.signed else grid.qmax)
     return -reach, reach
-
-
-def zero_of(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Integer zero point that maps `low` to the smallest code: clamp(qmin - rint(low / scale), qmin, qmax)."""
-    zero = spec.grid.qmin - torch.round(low * (1.0 / scale))
-    return torch.nan_to_num(zero, nan=0.0).clamp(spec.grid.qmin, spec.grid.qmax).detach()
-
-
-def _amax(blocks: Tensor) -> Tensor:
-    """Maximum along the last dim [R, G]; of nothing: 0."""
-    if blocks.shape[-1] == 0 or blocks.numel() == 0:
-        return blocks.new_zeros(blocks.shape[:-1])
-    return blocks.amax(-1)

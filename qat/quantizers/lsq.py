@@ -23,6 +23,22 @@ from qat.quantizers.mse import Stored, search
 RATE = 10.0
 
 
+class _Step(torch.autograd.Function):
+    """s0 * exp(k * theta), in double so that devices whose fp32 exp differs in the last bit agree; it saves only s."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, theta: Tensor) -> Tensor:
+        scale = start * torch.exp(RATE * theta.double()).float()
+        ctx.save_for_backward(scale)
+        ctx.dtype = theta.dtype
+        return scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (scale,) = ctx.saved_tensors
+        return None, (grads[0] * scale * RATE).to(ctx.dtype)
+
+
 class Lsq(Stored):
     """theta [R, G] has the latent's dtype (FSDP2 wants one dtype per unit) and is read in fp32.
 
@@ -60,10 +76,6 @@ class Lsq(Stored):
     def learned(self) -> tuple[nn.Parameter, ...]:
         return (self.theta,)
 
-    def _factor(self) -> Tensor:
-        """exp(k * theta), in double so that devices whose fp32 exp differs in the last bit agree."""
-        return torch.exp(RATE * self.theta.double()).float()
-
     def qparams(self, w_RK: Tensor) -> Fields:
         scale, zero, minimum = self.start()
         if self.layout.kind == "tokens" and not self._settled:
@@ -72,13 +84,13 @@ class Lsq(Stored):
             zero = None if zero is None or now.zero is None else torch.where(seen, zero, now.zero)
             minimum = None if minimum is None or now.minimum is None else torch.where(seen, minimum, now.minimum)
         if not self.frozen:
-            scale = scale * self._factor()
+            scale = _Step.apply(scale, self.theta)  # type: ignore[no-untyped-call]
         return Fields(self.spec.scale_grid.project(scale), zero, minimum)
 
     @torch.no_grad()
     def freeze(self) -> None:
         """s0 takes the value of s; theta is read no more (an optimizer's momentum may still move it)."""
-        scale = joined(self.start_scale) * self._factor()
+        scale = _Step.apply(joined(self.start_scale), self.theta)  # type: ignore[no-untyped-call]
         self.store(Fields(self.spec.scale_grid.project(scale)))
 
     @torch.no_grad()

@@ -11,7 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from qat.qtensor import Fields
-from qat.quantizers.base import Quantizer, minmax_fields
+from qat.quantizers.base import Quantizer, fused_minmax, minmax_fields
+from qat.specs import QuantSpec
 
 
 class Minmax(Quantizer):
@@ -22,3 +23,6 @@ class Minmax(Quantizer):
 
     def qparams(self, w_RK: Tensor) -> Fields:
         return minmax_fields(w_RK.detach(), self.live_spec)
+
+    def fused(self, w_RK: Tensor, spec: QuantSpec, packed: bool) -> tuple[Tensor, Fields] | None:
+        return fused_minmax(w_RK, spec, packed)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.fake_quant_kernels.affine import decode, encode
+from qat.fake_quant_kernels import mse_search
 from qat.qtensor import Fields
-from qat.quantizers.base import Quantizer, fields_of_range, grouped, joined, split
+from qat.quantizers.base import Quantizer, joined, split
 from qat.specs import QuantSpec
 
 CANDIDATES = 60
@@ -22,26 +22,25 @@ SMALLEST_FACTOR = 0.2
 @torch.no_grad()
 def search(w_RK: Tensor, spec: QuantSpec) -> Fields:
     """Fields [R, G] of least squared error for fp32 rows [R, K]; ties go to the widest range."""
-    blocks = grouped(w_RK, spec)
-    empty = blocks.shape[-1] == 0 or blocks.numel() == 0
-    low = blocks.new_zeros(blocks.shape[:-1]) if empty else blocks.amin(-1)
-    high = blocks.new_zeros(blocks.shape[:-1]) if empty else blocks.amax(-1)
-    best = fields_of_range(low, high, spec)
-    if empty:
-        return best
-    least = torch.full_like(best.scale, torch.inf)
-    for factor in torch.linspace(1.0, SMALLEST_FACTOR, CANDIDATES).tolist():
-        found = fields_of_range(low * factor, high * factor, spec)
-        codes = encode(w_RK, *found, spec.grid.qmin, spec.grid.qmax)
-        error = grouped((decode(codes, *found) - w_RK).square(), spec).sum(-1)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = Fields(
-            torch.where(better, found.scale, best.scale),
-            None if best.zero is None or found.zero is None else torch.where(better, found.zero, best.zero),
-            None if best.minimum is None or found.minimum is None else torch.where(better, found.minimum, best.minimum),
-        )
-    return best
+    grid, stored = spec.grid, spec.scale_grid
+    whole = spec.granularity == "tensor"
+    kind = ("none", "int", "float").index(spec.zero_point)
+    reach = grid.qmax if not (kind or grid.signed) else grid.steps if kind else grid.steps / 2
+    scale, offset, _ = mse_search.search(
+        w_RK.reshape(1, -1) if whole else w_RK,
+        # made on a CPU: another device may round the factors in another way
+        torch.linspace(1.0, SMALLEST_FACTOR, CANDIDATES).to(w_RK.device),
+        1 if whole else spec.groups(w_RK.shape[1]),
+        kind,
+        grid.qmin,
+        grid.qmax,
+        1.0 / reach,
+        stored.dtype,
+        stored.smallest,
+        stored.largest,
+        stored.name == "portable",
+    )
+    return Fields(scale, offset if kind == 1 else None, offset if kind == 2 else None)
 
 
 class Stored(Quantizer):

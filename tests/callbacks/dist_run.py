@@ -24,8 +24,8 @@ from torch import Tensor  # noqa: E402
 
 import qat  # noqa: E402
 from qat.callbacks import QATCallback  # noqa: E402
-from qat.prepare import full  # noqa: E402
 from qat.state import require_state  # noqa: E402
+from qat.steps import full  # noqa: E402
 
 torch.set_num_threads(1)
 FOLDER, CASES = Path(sys.argv[1]), sys.argv[2:]

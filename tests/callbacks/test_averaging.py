@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import qat
 from qat.callbacks import QATCallback
-from qat.prepare import qat_layers
+from qat.steps import qat_layers
 
 KINDS = [WeightAveraging, EMAWeightAveraging, lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1)]
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import qat
 from qat.callbacks import QATCallback
-from qat.prepare import qat_layers
+from qat.steps import qat_layers
 
 EMA_INPUT = {"bits": 8, "granularity": "tensor", "quantizer": "ema", "zero_point": "int"}
 
@@ -82,7 +82,7 @@ def test_before_its_start_a_run_is_the_plain_run(tmp_path: Path, input: Any) -> 
 
 
 def test_delayed_scales_are_those_of_the_start_step(tmp_path: Path) -> None:
-    # mutation: no initialize in qat.prepare.after_optimizer_step -> red
+    # mutation: no initialize in qat.steps.after_optimizer_step -> red
     module, twin = Lit(), Lit()
     fit(tmp_path, module, recipe(phases=delayed(4)), steps=4)
     twin.load_state_dict(module.state_dict(), strict=False)

@@ -78,7 +78,8 @@ def quantize() -> Callable[..., qat.Bundle]:
     ) -> qat.Bundle:
         first = {"match": ["*"], "types": list(types), "weight": {**GROUPS_OF_32, **weight}, "input": input}
         recipe = from_dict({"name": "small", "rules": {"layers": first, **rules}, "phases": {"qat": {"steps": -1}}})
-        qat.prepare(model, recipe)
+        # the readers compute with floats
+        qat.prepare(model, recipe, real=False)
         if seen is not None:
             model.train()(seen)
             qat.after_optimizer_step(model)

@@ -141,7 +141,7 @@ def prepared(case: str, recipe: Any, input: dict[str, Any] | None = None, **weig
     x = sample(model.layer, shape)
     qat.prepare(model, recipe(input=input, **weight))
     for parameter in (p for q in weight_quantizers(model.layer).values() for p in q.learned()):
-        parameter.data.normal_(0, 0.02)
+        nn.init.normal_(parameter, 0, 0.02)
     return model, x, op
 
 
@@ -295,18 +295,28 @@ def test_other_dtypes(dtype: torch.dtype, recipe: Any) -> None:
     assert torch.equal(qat.convert(model)["layer.weight"].dequantize(), layer.weight_quantizer(layer.weight))
 
 
+@pytest.mark.parametrize("code_cache", [False, True])
 @pytest.mark.parametrize("case", ["Linear", "Conv2d", "Embedding", "Conv1D"])
-def test_nothing_as_large_as_the_weight_stays_alive(case: str, recipe: Any) -> None:
-    """What a forward saves: its input and the parameters themselves."""
-    model, x, _ = prepared(case, recipe)
+def test_nothing_as_large_as_the_weight_stays_alive(case: str, code_cache: bool, recipe: Any) -> None:
+    """A forward saves its input, the parameters themselves, scales, and at most a byte of codes per weight: those of
+    the cache. Mutations: w_hat, or x where only dx is wanted, saved by the node; `Slot.keep` always true."""
+    make, shape, _ = CASES[case]
+    model = Holder(make())
+    x = sample(model.layer, shape)
+    qat.prepare(model, recipe(), code_cache=code_cache)
+    layer: Any = model.layer
     own = {p.untyped_storage().data_ptr() for p in model.parameters()} | {x.untyped_storage().data_ptr()}
     kept: list[Tensor] = []
     if x.is_floating_point():
         x.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(x)
-    assert kept
-    assert all(t.untyped_storage().data_ptr() in own for t in kept)
+    others = [t for t in kept if t.untyped_storage().data_ptr() not in own]
+    cached = {t.data_ptr() for entry in layer._qat.cache.entries.values() for t in entry if t is not None}
+    codes = [t for t in others if t.data_ptr() in cached]
+    assert bool(codes) == bool(cached) == code_cache
+    assert sum(t.nbytes for t in codes) <= layer.weight.numel()
+    assert all(t.shape == layer.weight_quantizer.theta.shape for t in others if t.data_ptr() not in cached)
 
 
 @pytest.mark.parametrize("delayed", [False, True])

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import qat
 from qat.layers import weight_quantizers
-from qat.prepare import qat_layers
 from qat.quantizers import Quantizer
 from qat.state import require_state
+from qat.steps import qat_layers
 
 INPUT = {"bits": 8, "granularity": "tensor", "quantizer": "ema"}
 
@@ -229,13 +229,15 @@ def test_the_schedule_drives_every_layer(recipe: Any) -> None:
     for _ in range(9):
         layer = model.mid
         quantizer = layer.weight_quantizer
-        seen.append((layer._qat.active, round(layer._qat.strength, 2), quantizer.live_spec.bits, quantizer.frozen))
+        blend = layer._qat.blend
+        strength = 1.0 if blend is None else round(float(blend), 2)
+        seen.append((layer._qat.active, strength, quantizer.live_spec.bits, quantizer.frozen))
         optimizer.zero_grad()
         model(IDS).square().mean().backward()
         optimizer.step()
         qat.after_optimizer_step(model)
     assert seen == [
-        *[(False, 0.0, 4, False)] * 2,
+        *[(False, 1.0, 4, False)] * 2,
         *[(True, 1.0, 8, False)] * 2,
         *[(True, strength, 4, False) for strength in (0.25, 0.5, 0.75)],
         *[(True, 1.0, 4, True)] * 2,

@@ -1,0 +1,112 @@
+"""Other libraries' quantization-aware training on the same model, at the scheme of theirs that is nearest to ours.
+
+Each function takes a float model and a batch, and returns the model to train; it raises Missing where its library
+cannot be imported or refuses. All leave the head in float, as ours do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.common import Missing
+from benchmarks.models import linears
+
+Builder = Callable[[nn.Module, Any], nn.Module]
+
+
+@contextlib.contextmanager
+def imported(package: str) -> Iterator[None]:
+    """Inside, an import that fails and a refusal become Missing; greetings of the libraries are not shown."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    except ImportError as problem:
+        raise Missing(f"{package} cannot be imported: {problem}") from None
+    except Exception as problem:
+        raise Missing(f"{package} refuses: {type(problem).__name__}: {problem}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _torchao(activation: tuple[Any, ...] | None, weight: tuple[Any, ...]) -> Builder:
+    """(dtype, granularity or group size, symmetric) of activations and of weights."""
+
+    def config(dtype: Any, what: Any, symmetric: bool) -> Any:
+        from torchao.quantization.qat import IntxFakeQuantizeConfig
+
+        size = {"group_size": what} if isinstance(what, int) else {"granularity": what}
+        return IntxFakeQuantizeConfig(dtype, **size, is_symmetric=symmetric)
+
+    def build(model: nn.Module, batch: Any) -> nn.Module:
+        with imported("torchao"):
+            from torchao.quantization import quantize_
+            from torchao.quantization.qat import QATConfig
+
+            acts = None if activation is None else config(*activation)
+            step = QATConfig(activation_config=acts, weight_config=config(*weight), step="prepare")
+            chosen = set(linears(model))
+            quantize_(model, step, filter_fn=lambda module, name: name in chosen)
+        return model
+
+    return build
+
+
+def _modelopt(name: str) -> Builder:
+    """One of the library's own configurations, calibrated on the batch."""
+
+    def build(model: nn.Module, batch: Any) -> nn.Module:
+        with imported("nvidia-modelopt"):
+            import modelopt.torch.quantization as mtq
+
+            quantized: nn.Module = mtq.quantize(model, getattr(mtq, name), lambda m: m(batch))
+        return quantized
+
+    return build
+
+
+def _brevitas(**settings: str | int) -> Builder:
+    """QuantLinear in place of each linear; a setting that ends in _quant names a class of brevitas.quant."""
+
+    def build(model: nn.Module, batch: Any) -> nn.Module:
+        with imported("brevitas"):
+            import brevitas.nn as qnn
+            import brevitas.quant as quant
+
+            options = {k: getattr(quant, str(v)) if k.endswith("_quant") else v for k, v in settings.items()}
+            for name, linear in linears(model).items():
+                fresh = qnn.QuantLinear(linear.in_features, linear.out_features, bias=False, **options)
+                fresh = fresh.to(linear.weight.device, linear.weight.dtype)
+                fresh.weight.data.copy_(linear.weight.data)
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, fresh)
+        return model.train()
+
+    return build
+
+
+# tool -> (family, builder)
+PEERS: dict[str, tuple[str, Builder]] = {
+    "torchao W4 g32": ("weight", _torchao(None, (torch.int4, 32, True))),
+    "ModelOpt W4 g128": ("weight", _modelopt("INT4_BLOCKWISE_WEIGHT_ONLY_CFG")),
+    "Brevitas W4 row": ("weight", _brevitas(weight_quant="Int8WeightPerChannelFloat", weight_bit_width=4)),
+    "torchao 8da4w": ("activation", _torchao((torch.int8, "per_token", False), (torch.int4, 32, True))),
+    # symmetric scales per token are refused by torchao 0.18: asymmetric ones are its nearest
+    "torchao W8A8": ("activation", _torchao((torch.int8, "per_token", False), (torch.int8, "per_channel", True))),
+    "ModelOpt W8A8": ("activation", _modelopt("INT8_DEFAULT_CFG")),
+    "Brevitas W8A8": (
+        "activation",
+        _brevitas(weight_quant="Int8WeightPerChannelFloat", input_quant="Int8ActPerTensorFloat"),
+    ),
+}
+# compiled ones that are tried: Brevitas' own modules break the graph at every layer
+COMPILED = tuple(tool for tool in PEERS if not tool.startswith("Brevitas"))

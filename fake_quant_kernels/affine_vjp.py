@@ -1,0 +1,241 @@
+"""Gradients of affine fake quantization, in one pass over the numbers and their gradient g.
+
+With v the argument of the clamp (`affine`), c its result, q = rint(c) and `inside` = (c == v), false for a NaN:
+
+    dw   = g * inside
+    ds   = sum_group g * (q - v * inside)       LSQ, Esser et al. 2020, equation 3
+    lost = sum_group g * (1 - inside)           dz = -s * lost, dm = lost
+
+g, w [R, K] in any float dtype, read as fp32; s, z, m fp32 [R, G] or [1, 1], K % G == 0, and the sums in that shape.
+A kernel's sums are in another order than the reference's: both are within a few ulps of the sum of magnitudes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.fake_quant_kernels.affine_encode import scaled
+from qat.fake_quant_kernels.device import clip, rint
+from qat.fake_quant_kernels.dispatch import AotCase, Device, Kernel, Op, tl
+from qat.fake_quant_kernels.rows import chunks, field_of, geometry, grouped, part, places, tile, tiling
+
+
+def clamped(value: Tensor, zero: Tensor | None, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
+    """`value` [R, G, K/G] between the bounds, in new memory or in `out`; NaN stays NaN."""
+    if zero is None:
+        return torch.clamp(value, lo, hi, out=out)
+    low, high = (lo - zero).unsqueeze(-1), (hi - zero).unsqueeze(-1)
+    # clamp by tensors takes four times as long
+    found = torch.maximum(value, low, out=out)
+    return torch.minimum(found, high, out=out)
+
+
+def _vjp(
+    grad: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    minimum: Tensor | None,
+    lo: int,
+    hi: int,
+    need_w: bool,
+    need_scale: bool,
+    need_lost: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dw [R, K] in the dtype of grad, ds and the lost gradient in the shape of scale; those not needed are empty."""
+    dw, dscale, lost = _fake(grad, w, scale, zero, minimum, lo, hi, need_w, need_scale, need_lost)
+    if scale.shape[0] == 1:
+        dscale.zero_()
+        lost.zero_()
+    for rows, buffers in chunks(w, 4):
+        _, second, third, wide = (None if each is None else grouped(each, scale.shape[1]) for each in buffers)
+        value = scaled(w[rows], part(scale, rows), part(minimum, rows), buffers[0])
+        clipped = clamped(value, part(zero, rows), lo, hi, second)
+        # 1.0 and 0.0: operations on bools take ten times as long
+        inside = value.eq_(clipped)
+        g = grouped(grad[rows], scale.shape[1])
+        if g.dtype != value.dtype:
+            g = g.to(value.dtype) if wide is None else wide.copy_(g)
+        if need_w:
+            dw[rows] = torch.mul(g, inside, out=third).reshape(dw[rows].shape)
+        if need_scale:
+            # not v * inside: a v beyond fp32 is infinite, and infinity times 0 is NaN
+            terms = torch.round(clipped, out=third).sub_(clipped.mul_(inside)).mul_(g)
+            _add(dscale, rows, terms.sum(-1))
+        if need_lost:
+            _add(lost, rows, inside.neg_().add_(1.0).mul_(g).sum(-1))
+    return dw, dscale, lost
+
+
+def _add(whole: Tensor, rows: slice, sums: Tensor) -> None:
+    """The sums of a chunk's groups, to their places or to the one number of a shared scale."""
+    if whole.shape[0] == 1:
+        whole += sums.sum_to_size(whole.shape)
+    else:
+        whole[rows] = sums
+
+
+def _fake(
+    grad: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    minimum: Tensor | None,
+    lo: int,
+    hi: int,
+    need_w: bool,
+    need_scale: bool,
+    need_lost: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dw = grad.new_empty(grad.shape if need_w else 0)
+    return dw, scale.new_empty(scale.shape if need_scale else 0), scale.new_empty(scale.shape if need_lost else 0)
+
+
+@Device
+def value_of(
+    w: Any,
+    s: Any,
+    minimum: Any,
+    n: Any,
+    at: Any,
+    mask_n: Any,
+    mask: Any,
+    SHARED: tl.constexpr,
+    MINIMUM: tl.constexpr,
+) -> Any:
+    """The argument of the clamp."""
+    x = tl.load(w + at, mask=mask, other=0.0).to(tl.float32)
+    if MINIMUM:
+        x = x - field_of(minimum, n, mask_n, SHARED, 0)
+    return x * tl.math.div_rn(1.0, s)
+
+
+@Kernel
+def _vjp_kernel(
+    grad: Any,
+    w: Any,
+    scale: Any,
+    zero: Any,
+    minimum: Any,
+    dw: Any,
+    dscale: Any,
+    lost: Any,
+    units: Any,
+    size: Any,
+    lo: Any,
+    hi: Any,
+    SHARED: tl.constexpr,
+    ZERO: tl.constexpr,
+    MINIMUM: tl.constexpr,
+    NEED_W: tl.constexpr,
+    NEED_SCALE: tl.constexpr,
+    NEED_LOST: tl.constexpr,
+    BN: tl.constexpr,
+    BL: tl.constexpr,
+) -> None:
+    n, j = tile(size, BN, BL)
+    mask_n = n < units
+    mask = mask_n[:, None] & (j < size)[None, :]
+    at = places(n, j, size)
+    s = field_of(scale, n, mask_n, SHARED, 0)
+    v = value_of(w, s, minimum, n, at, mask_n, mask, SHARED, MINIMUM)
+    low, high = lo, hi
+    if ZERO:
+        z = field_of(zero, n, mask_n, SHARED, 0)
+        low, high = lo - z, hi - z
+    clipped = clip(v, low, high)
+    inside = clipped == v
+    g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    across = (size + BL - 1) // BL
+    partial = n * across + tl.program_id(0) % across
+    if NEED_W:
+        tl.store(dw + at, (g * tl.where(inside, 1.0, 0.0)).to(dw.dtype.element_ty), mask=mask)
+    if NEED_SCALE:
+        tl.store(dscale + partial, tl.sum(g * (rint(clipped) - tl.where(inside, v, 0.0)), axis=1), mask=mask_n)
+    if NEED_LOST:
+        tl.store(lost + partial, tl.sum(g * tl.where(inside, 0.0, 1.0), axis=1), mask=mask_n)
+
+
+def _triton(
+    grad: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    minimum: Tensor | None,
+    lo: int,
+    hi: int,
+    need_w: bool,
+    need_scale: bool,
+    need_lost: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shared = scale.numel() == 1
+    units, size, *_ = geometry(w.shape[0], w.shape[1], 1 if shared else scale.shape[1], False)
+    programs, high, wide = tiling(units, size)
+    across = -(-size // wide)
+    dw = grad.new_empty(grad.shape if need_w else 0)
+    # sums of each tile's part of a unit; added up below
+    dscale, lost = (scale.new_empty((units, across) if need else 0) for need in (need_scale, need_lost))
+    if grad.numel():
+        s, z, m = (scale if field is None else field.contiguous() for field in (scale, zero, minimum))
+        _vjp_kernel[(programs,)](
+            *(grad.contiguous(), w.contiguous(), s, z, m, dw, dscale, lost, units, size, float(lo), float(hi)),
+            SHARED=shared,
+            ZERO=zero is not None,
+            MINIMUM=minimum is not None,
+            NEED_W=need_w,
+            NEED_SCALE=need_scale,
+            NEED_LOST=need_lost,
+            BN=high,
+            BL=wide,
+        )
+    dscale, lost = (t if t.dim() != 2 else t.sum() if shared else t.sum(1) for t in (dscale, lost))
+    return dw, dscale.reshape(scale.shape) if need_scale else dscale, lost.reshape(scale.shape) if need_lost else lost
+
+
+affine_vjp = Op("affine_vjp", _vjp, _fake, _triton)
+
+
+def _case(
+    name: str,
+    dtype: str,
+    size: int,
+    need_w: bool = True,
+    need_scale: bool = True,
+    need_lost: bool = False,
+    **kind: bool,
+) -> AotCase:
+    _, high, wide = tiling(1 << 20, size)
+    return AotCase(
+        f"vjp {name}",
+        _vjp_kernel,
+        {
+            **dict.fromkeys(("grad", "w"), f"*{dtype}"),
+            **dict.fromkeys(("scale", "zero", "minimum"), "*fp32"),
+            "dw": f"*{dtype}",
+            **dict.fromkeys(("dscale", "lost"), "*fp32"),
+            **dict.fromkeys(("units", "size"), "i32"),
+            **dict.fromkeys(("lo", "hi"), "fp32"),
+        },
+        {
+            "SHARED": False,
+            "ZERO": kind.get("zero", False),
+            "MINIMUM": kind.get("minimum", False),
+            "NEED_W": need_w,
+            "NEED_SCALE": need_scale,
+            "NEED_LOST": need_lost,
+            "BN": high,
+            "BL": wide,
+        },
+    )
+
+
+AOT = (
+    _case("group 32 bf16", "bf16", 32),
+    _case("group 64 bf16 with zero points", "bf16", 64, need_lost=True, zero=True),
+    _case("group 128 fp32 with minima", "fp32", 128, need_lost=True, minimum=True),
+    _case("row 4096 bf16", "bf16", 4096),
+    _case("row 4096 fp32, weights only", "fp32", 4096, need_scale=False),
+)

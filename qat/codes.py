@@ -1,0 +1,129 @@
+"""Codes of a weight are computed once and used until the weight changes: by micro-batches, recomputation, validation.
+
+Whoever changes a weight says so: `torch.optim` by its global step hook, a load by the layer's own hook, `qat.prepare`,
+`qat.initialize` and the schedule by calling `forget`; anything else by `qat.weights_changed(model)`. In eager mode a
+changed version counter or address is noticed as well, but that is a second net only: fused AdamW, FSDP and
+ZeRO change weights without touching the counter.
+
+A weight whose storage comes and goes (FSDP, ZeRO-3) or that is not the layer's own Parameter (`functional_call`) has no
+codes here: its layer quantizes anew in forward and backward, and keeps nothing that is as large as the weight.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from qat.qtensor import Fields
+from qat.quantizers import Quantizer
+
+if TYPE_CHECKING:
+    from qat.specs import QuantSpec
+
+# codes, scale, zero, minimum
+Entry = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class CodeCache:
+    """The codes of one layer's weights; `entries` is all that compiled code reads.
+
+    enabled   codes may be kept (False: the memory budget of `qat.prepare(..., code_cache=)` is spent)
+    """
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.entries: dict[str, Entry] = {}
+        self._owners: dict[str, weakref.ref[Tensor]] = {}
+        self._tokens: dict[str, Any] = {}
+        _caches.add(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy of a layer has other weights
+        return CodeCache, ()
+
+    def __deepcopy__(self, memo: Any) -> CodeCache:
+        made = CodeCache()
+        made.enabled = self.enabled
+        return made
+
+    def own(self, key: str, w: Tensor) -> None:
+        """w is the layer's Parameter, and stays where it is."""
+        self._owners[key] = weakref.ref(w)
+
+    def forget(self) -> None:
+        self.entries.clear()
+        self._tokens.clear()
+
+    def owns(self, key: str, w: Tensor) -> bool:
+        """Whether codes of w may be kept."""
+        owner = self._owners.get(key)
+        return self.enabled and owner is not None and owner() is w
+
+    def quantized(self, key: str, w: Tensor, w_RK: Tensor, quantizer: Quantizer, packed: bool) -> tuple[Entry, bool]:
+        """(codes and fields, whether they are kept); eager mode only."""
+        if not self.owns(key, w):
+            return quantize(quantizer, w_RK, False), False
+        token = _token(w, quantizer)
+        if key not in self.entries or self._tokens.get(key) != token:
+            self.entries[key] = quantize(quantizer, w_RK, packed)
+            self._tokens[key] = token
+        return self.entries[key], True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the entries hold."""
+        return sum(t.nbytes for entry in self.entries.values() for t in entry if t is not None)
+
+
+_caches: weakref.WeakSet[CodeCache] = weakref.WeakSet()
+
+
+def _stepped(*_: Any) -> None:
+    for cache in _caches:
+        cache.forget()
+
+
+register_optimizer_step_post_hook(_stepped)
+
+
+@torch.no_grad()
+def quantize(quantizer: Quantizer, w_RK: Tensor, packed: bool) -> Entry:
+    """Codes and fields as the forward uses them."""
+    codes, fields = quantizer.quantize(w_RK, quantizer.live_spec, packed=packed)
+    return codes, fields.scale, fields.zero, fields.minimum
+
+
+def packs(spec: QuantSpec, w_RK: Tensor) -> bool:
+    """Whether two codes fit into a byte."""
+    return spec.bits <= 4 and w_RK.shape[1] % 2 == 0
+
+
+def _token(w: Tensor, quantizer: Quantizer) -> Any:
+    """Changes with the weight, its place, and all that the quantizer reads."""
+    states = [*quantizer._parameters.values(), *quantizer._buffers.values()]
+    return (
+        w.data_ptr(),
+        w.dtype,
+        _version(w),
+        quantizer.live_spec,
+        quantizer.frozen,
+        tuple((id(t), _version(t)) for t in states if t is not None),
+    )
+
+
+def _version(t: Tensor) -> int:
+    # tensors made in inference mode have no counter
+    return -1 if t.is_inference() else t._version
+
+
+def stays(w: nn.Parameter | None) -> bool:
+    """Whether a layer's parameter keeps its storage between forwards: not a shard, not on the meta device."""
+    return w is not None and not w.is_meta and not hasattr(w, "placements") and not hasattr(w, "ds_id")
+
+
+def fields_of(entry: Entry) -> Fields:
+    return Fields(*entry[1:])

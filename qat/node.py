@@ -1,0 +1,300 @@
+"""The one autograd node of a QAT layer.
+
+    y = op(x_hat, w_hat),  w_hat = decode(codes of w),  x_hat = decode(codes of x)
+
+Codes and stored fields (scale, zero point, minimum) are arguments: they are found before the node runs, once per
+optimizer step for a weight (`qat.codes`), and learned scales get their gradient through the fields. Forward saves
+
+    x         as codes where the forward used codes of a dynamic scale, else as it came (only if backward needs it)
+    w         the Parameter itself, which is alive anyway
+    codes     at most a byte per weight, shared with the code cache; nothing where `Slot.keep` is false: then backward
+              quantizes w again, and nothing as large as the weight stays alive between the two (FSDP2, ZeRO-3)
+
+and never a fake-quantized weight. Everything in here is plain torch or one of our operators, so that torch.compile
+takes the node into its graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.fake_quant_kernels.affine import decode, vjp
+from qat.fake_quant_kernels.int8_linear import int8_linear
+from qat.layout import Layout
+from qat.ops import LayerOp, Tensors
+from qat.qtensor import Fields
+from qat.quantizers import Quantizer
+from qat.specs import QuantSpec
+
+# tensors of one slot among the node's arguments: codes, scale, zero, minimum
+_SLOT = 4
+
+# > 0 while one of our nodes or float ops is running: the rehearsal lets these touch planned weights
+_inside = 0
+
+
+@contextlib.contextmanager
+def inside() -> Iterator[None]:
+    global _inside
+    if torch.compiler.is_compiling():
+        yield
+        return
+    _inside += 1
+    try:
+        yield
+    finally:
+        _inside -= 1
+
+
+def is_inside() -> bool:
+    return _inside > 0
+
+
+def no_view(y: Tensor) -> Tensor:
+    """The same numbers in the same memory, but free to be changed in place (`nn.ReLU(inplace=True)` after a layer):
+    autograd refuses that for views that a Function hands out."""
+    if torch.compiler.is_compiling() or not y._is_view():
+        return y
+    return torch.ops.aten._unsafe_view(y, y.shape) if y.is_contiguous() else y.clone()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """How one tensor of a call is quantized: what the forward saw, without tensors."""
+
+    quantizer: Quantizer
+    spec: QuantSpec
+    layout: Layout
+    packed: bool = False
+    # codes are saved for backward
+    keep: bool = True
+
+    def rows(self, t: Tensor) -> Tensor:
+        return self.layout.to_rows(t)
+
+    def hat(self, t: Tensor, quantized: Sequence[Tensor | None], blend: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The fake-quantized tensor in `dtype`; between strengths 0 and 1 on the way from t to it."""
+        codes, scale, zero, minimum = quantized
+        packed = self.packed
+        if codes is None:
+            packed = False
+            given = None if self.quantizer.identity_gradient else Fields(scale, zero, minimum)  # type: ignore[arg-type]
+            codes, (scale, zero, minimum) = self.quantizer.quantize(self.rows(t.detach()), self.spec, given)
+        rows = decode(codes, scale, zero, minimum, dtype, packed, self.spec.signed)  # type: ignore[arg-type]
+        fake = self.layout.from_rows(rows)
+        return fake if blend is None else torch.lerp(t.to(dtype), fake, blend.to(dtype))
+
+    def pull(
+        self,
+        grad: Tensor,
+        t: Tensor | None,
+        fields: Sequence[Tensor | None],
+        blend: Tensor | None,
+        needs: Sequence[bool],
+        like: torch.dtype,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the tensor itself (in dtype `like`) and of scale, zero and minimum, from that of `hat`."""
+        scale, zero, minimum = fields
+        if self.quantizer.identity_gradient and not any(needs[1:]):
+            return grad.to(like) if needs[0] else None, None, None, None
+        assert t is not None and scale is not None
+        through = grad if blend is None else grad * blend.to(grad.dtype)
+        grid = self.spec.grid
+        dt, *dfields = vjp(
+            self.rows(through),
+            self.rows(t.detach()),
+            scale,
+            zero,
+            minimum,
+            grid.qmin,
+            grid.qmax,
+            self.quantizer.identity_gradient,
+            *needs,
+        )
+        if dt is not None:
+            dt = self.layout.from_rows(dt)
+            dt = (dt if blend is None else dt + (grad - through)).to(like)
+        return dt, *dfields
+
+
+@dataclass(frozen=True)
+class Call:
+    """The parts of one call that are not tensors."""
+
+    layer: nn.Module
+    op: LayerOp
+    dtype: torch.dtype
+    # of the input, and of each weight; None: it stays float
+    x: Slot | None
+    weights: tuple[Slot | None, ...]
+    # tensors of the call: x, bias, ...
+    inputs: int
+    # multiply codes as integers
+    integer: bool = False
+    # random state of the forward, for ops whose backward runs it again
+    random: Any = None
+
+    def cast(self, inputs: Tensors) -> Tensors:
+        """The inputs after x: parameters in the compute dtype, what the caller gave as it came."""
+        given = self.op.given(self.layer, 1 + len(inputs)) - 1
+        return tuple(
+            t.to(self.dtype) if t is not None and t.is_floating_point() and i >= given else t
+            for i, t in enumerate(inputs)
+        )
+
+    def x_hat(self, x: Tensor | None, quantized: Sequence[Tensor | None], blend: Tensor | None) -> Tensor | None:
+        if x is None and quantized[0] is None:
+            return None
+        if self.x is None:
+            assert x is not None
+            return x.to(self.dtype) if x.is_floating_point() else x
+        return self.x.hat(x, quantized, blend, self.dtype)  # type: ignore[arg-type]
+
+    def w_hat(self, i: int, w: Tensor, quantized: Sequence[Tensor | None], blend: Tensor | None) -> Tensor:
+        slot = self.weights[i]
+        return w.to(self.dtype) if slot is None else slot.hat(w, quantized, blend, self.dtype)
+
+
+class QuantizedLayer(torch.autograd.Function):
+    """Arguments: the call, blend (0-dim, None at full strength), the inputs, the weights, the input's codes and fields,
+    each weight's codes and fields. Gradients: inputs, weights, fields."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, blend: Tensor | None, *tensors: Tensor | None) -> Tensor:
+        inputs, weights, x_quantized, quantized = _parts(call, tensors)
+        needs = ctx.needs_input_grad[2:]
+        x = inputs[0]
+        ctx.call = call
+        ctx.x_dtype = x.dtype  # type: ignore[union-attr]
+        need_x = call.op.needs_x(needs[call.inputs : call.inputs + len(weights)])
+        kept_x, *kept = _kept(call, blend, x, need_x, x_quantized, quantized)
+        ctx.save_for_backward(blend, kept_x, *inputs[1:], *weights, *kept)
+        with torch.autocast(device_type=weights[0].device.type, enabled=False):  # type: ignore[union-attr]
+            if call.integer:
+                return no_view(_integer(call, inputs, x_quantized, quantized[0]))
+            x_hat = call.x_hat(x, x_quantized, blend)
+            w_hats = [call.w_hat(i, w, quantized[i], blend) for i, w in enumerate(weights)]  # type: ignore[arg-type]
+            y = call.op.forward(call.layer, (x_hat, *call.cast(inputs[1:])), w_hats)
+            return no_view(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        call: Call = ctx.call
+        blend, *tensors = ctx.saved_tensors
+        inputs, weights, x_quantized, quantized = _parts(call, tensors)
+        needs = ctx.needs_input_grad[2:]
+        n, count = call.inputs, len(weights)
+        need_w, need_fields = needs[n : n + count], needs[n + count :]
+        with inside(), torch.autocast(device_type=grad.device.type, enabled=False):
+            x_hat = call.x_hat(inputs[0], x_quantized, blend)
+            w_hats = [call.w_hat(i, w, quantized[i], blend) for i, w in enumerate(weights)]  # type: ignore[arg-type]
+            slots = (call.x, *call.weights)
+            field_needs = [need_fields[_SLOT * i + 1 : _SLOT * (i + 1)] for i in range(len(slots))]
+            wanted = [
+                needs[0] or any(field_needs[0]),
+                *needs[1:n],
+                *(need or any(more) for need, more in zip(need_w, field_needs[1:], strict=True)),
+            ]
+            with replayed(call.random):
+                dinputs, dweights = call.op.backward(
+                    call.layer,
+                    grad.to(call.dtype) if grad.is_floating_point() else grad,
+                    (x_hat, *call.cast(inputs[1:])),
+                    w_hats,
+                    wanted,
+                )
+            found = []
+            latents = (inputs[0], *weights)
+            dtypes = (ctx.x_dtype, *(w.dtype for w in weights))  # type: ignore[union-attr]
+            fields = (x_quantized, *quantized)
+            own = (needs[0], *need_w)
+            for i, d in enumerate((dinputs[0], *dweights)):
+                slot = slots[i]
+                if d is None:
+                    found.append((None,) * _SLOT)
+                elif slot is None:
+                    found.append((d.to(dtypes[i]) if own[i] else None, None, None, None))
+                else:
+                    wants = (own[i], *field_needs[i])
+                    found.append(slot.pull(d, latents[i], fields[i][1:], blend, wants, dtypes[i]))  # type: ignore[arg-type]
+        dothers = [None if d is None else d.to(t.dtype) for d, t in zip(dinputs[1:], inputs[1:], strict=True)]  # type: ignore[union-attr]
+        dfields = [d for grads in found for d in (None, *grads[1:])]
+        return (None, None, found[0][0], *dothers, *(grads[0] for grads in found[1:]), *dfields)
+
+
+def _parts(call: Call, tensors: Sequence[Tensor | None]) -> tuple[Tensors, Tensors, Tensors, list[Tensors]]:
+    """(inputs, weights, the input's codes and fields, each weight's codes and fields) of the node's tensors."""
+    n, count = call.inputs, len(call.weights)
+    rest = tuple(tensors[n + count :])
+    each = [rest[_SLOT * i : _SLOT * (i + 1)] for i in range(1 + count)]
+    return tuple(tensors[:n]), tuple(tensors[n : n + count]), each[0], each[1:]
+
+
+def _kept(
+    call: Call, blend: Tensor | None, x: Tensor | None, need_x: bool, x_quantized: Tensors, quantized: list[Tensors]
+) -> Tensors:
+    """What backward gets of x, of its codes and fields, and of each weight's."""
+    slot = call.x
+    if slot is not None and slot.quantizer.identity_gradient and blend is None:
+        kept: list[Tensor | None] = [None, *(x_quantized if need_x else (None,) * _SLOT)]
+    else:
+        # a scale that stays has no gradient where x is clipped: x itself says where
+        static = slot is not None and not slot.quantizer.identity_gradient
+        kept = [x if need_x or static else None, None, *x_quantized[1:]]
+    for own, q in zip(call.weights, quantized, strict=True):
+        if own is None or own.keep:
+            kept += q
+        else:
+            kept += (None,) * _SLOT if own.quantizer.identity_gradient else (None, *q[1:])
+    return tuple(kept)
+
+
+def _integer(call: Call, inputs: Tensors, x_quantized: Tensors, w_quantized: Tensors) -> Tensor:
+    """The same y with the codes multiplied as integers and scaled afterwards (`qat.fake_quant_kernels.int8_linear`)."""
+    x, bias = inputs
+    x_codes, x_scale, x_zero, _ = x_quantized
+    w_codes, w_scale, _, _ = w_quantized
+    y = int8_linear(x_codes, x_scale, w_codes, w_scale, bias, call.dtype, x_zero)  # type: ignore[arg-type]
+    return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]
+
+
+class KeepInGraph(torch.autograd.Function):
+    """y unchanged; the scales get a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *learned: Tensor) -> Tensor:
+        ctx.save_for_backward(*learned)
+        return torch.ops.aten._unsafe_view(y, y.shape) if y.is_contiguous() else y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return (grads[0], *(torch.zeros_like(p) for p in ctx.saved_tensors))
+
+
+def random_state(layer: nn.Module) -> tuple[Tensor, int | None, Tensor | None]:
+    """State of the host's random numbers, and of the GPU that the layer lies on."""
+    device = next(p.device for p in layer.parameters())
+    if device.type != "cuda":
+        return torch.get_rng_state(), None, None
+    return torch.get_rng_state(), device.index, torch.cuda.get_rng_state(device)
+
+
+@contextlib.contextmanager
+def replayed(state: tuple[Tensor, int | None, Tensor | None] | None) -> Iterator[None]:
+    """Inside, random numbers are those of `state`; outside, they go on as if nothing had happened."""
+    if state is None:
+        yield
+        return
+    host, index, device = state
+    with torch.random.fork_rng(devices=[] if index is None else [index]):
+        torch.set_rng_state(host)
+        if device is not None:
+            torch.cuda.set_rng_state(device, index)  # type: ignore[arg-type]
+        yield

@@ -1,0 +1,247 @@
+"""The scales and the time of a prepared model: searches, the schedule, and what an optimizer step sets in motion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from qat.codes import packs, stays
+from qat.errors import QATError
+from qat.layers import QATLayer, input_quantizer, layer_quantizers, weight_quantizers
+from qat.quantizers import Quantizer
+from qat.recipes import from_dict
+from qat.schedule import Schedule, State
+from qat.state import CHILD, QATState, require_state
+
+
+def qat_layers(model: nn.Module) -> dict[str, QATLayer]:
+    """Layer name -> prepared layer, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QATLayer)}
+
+
+def prepared_root(model: nn.Module) -> nn.Module:
+    """The module at or below `model` that was prepared; `model` itself if none was."""
+    return next((m for m in model.modules() if isinstance(m._modules.get(CHILD), QATState)), model)
+
+
+# ---- scales --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, *, force: bool = False) -> None:
+    """Search the scales on the current weights; layers whose weight did not change since are skipped.
+
+    Every rank must call it when weights are sharded: they are gathered one by one. Raises QATError naming a weight that
+    is not finite.
+    """
+    state = require_state(model)
+    search_scales(qat_layers(model), force)
+    state.record.initialized = True
+    weights_changed(model)
+
+
+@torch.no_grad()
+def search_scales(layers: dict[str, QATLayer], force: bool) -> None:
+    for name, layer in layers.items():
+        for key, quantizer in weight_quantizers(layer).items():
+            weight = layer._parameters[key]
+            assert weight is not None
+            if weight.device.type == "meta":
+                continue
+            whole = full(weight)
+            # an edit through `.data` changes no version counter: the numbers themselves tell
+            token = (float(whole.double().sum()), float(whole.double().abs().sum()), tuple(whole.shape))
+            if not math.isfinite(token[1]):
+                raise QATError(f"{name}.{key} has numbers that are not finite; quantization cannot start from it")
+            if not force and quantizer.__dict__.get("searched") == token:
+                continue
+            with whole_quantizer(quantizer):
+                quantizer.init_from(whole)
+            for parameter in quantizer.learned():
+                parameter.zero_()
+            quantizer.__dict__["searched"] = token
+        layer._qat.cache.forget()
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor (collective), or the tensor itself; detached."""
+    gather = getattr(tensor, "full_tensor", None)
+    return (gather() if gather is not None else tensor).detach()
+
+
+@contextmanager
+def whole_quantizer(quantizer: Quantizer, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Inside, the quantizer's parameters are whole (gathered if sharded), and in `dtype` as the forward had them."""
+    kept = dict(quantizer._parameters)
+    try:
+        for name, parameter in kept.items():
+            if parameter is not None:
+                whole = full(parameter)
+                quantizer._parameters[name] = nn.Parameter(whole if dtype is None else whole.to(dtype), False)
+        yield
+    finally:
+        quantizer._parameters.update(kept)
+
+
+# ---- time ----------------------------------------------------------------------------------------------------------
+
+
+def schedule_of(model: nn.Module) -> Schedule:
+    """The schedule of a prepared model."""
+    return Schedule(from_dict(require_state(model).record.recipe))
+
+
+def apply_schedule(model: nn.Module, step: int | None = None) -> State:
+    """Set what every layer does during optimizer step `step` (default: the model's own count); cheap if unchanged."""
+    state = require_state(model)
+    if step is not None:
+        state.record.step = step
+    if state.schedule is None:
+        state.schedule = schedule_of(model)
+    now: State = state.schedule.at(state.record.step)
+    if now == state.applied:
+        return now
+    rules = {row.name: row.weight_rule for row in state.known_plan().rows}
+    prefix = _prefix(model, state)
+    blends: dict[torch.device, Tensor] = {}
+    for name, layer in qat_layers(model).items():
+        live = layer._qat
+        live.active, live.blend = now.active, None
+        live.cache.forget()
+        if now.active and now.strength < 1.0:
+            # a tensor: compiled code does not depend on its value
+            device = next(w.device for key in live.op.kinds(layer) if (w := layer._parameters[key]) is not None)
+            live.blend = blends.setdefault(device, torch.tensor(now.strength, device=device))
+        bits = now.bits.get(rules.get(name.removeprefix(prefix)) or "")
+        for quantizer in weight_quantizers(layer).values():
+            quantizer.set_bits(bits)
+    _freeze(model, state, now.freeze_scales)
+    state.applied = now
+    return now
+
+
+def weights_changed(model: nn.Module) -> None:
+    """Say that weights were changed by something else than `torch.optim`, a load, or `qat` (an averaged copy swapped
+    in, an edit through `.data`): their codes are computed anew.
+
+    Until the next change compiled code, too, uses these codes.
+    """
+    state = require_state(model)
+    budget = float("inf") if state.code_cache is True else float(state.code_cache)
+    for layer in qat_layers(model).values():
+        live = layer._qat
+        live.cache.forget()
+        live.cache.enabled = budget > 0
+        for key, quantizer in weight_quantizers(layer).items():
+            weight = layer._parameters[key]
+            if budget <= 0 or not stays(weight):
+                continue
+            assert weight is not None
+            live.cache.own(key, weight)
+            if live.active:
+                w_RK = quantizer.layout.to_rows(weight.detach())
+                entry, _ = live.cache.quantized(key, weight, w_RK, quantizer, packs(quantizer.live_spec, w_RK))
+                budget -= sum(t.nbytes for t in entry if t is not None)
+
+
+def _prefix(model: nn.Module, state: QATState) -> str:
+    name: str = next(name for name, module in model.named_modules() if module is state)
+    return name[: -len(CHILD)]
+
+
+def _freeze(model: nn.Module, state: QATState, freeze: bool) -> None:
+    """Fold learned scales into their start values once (an optimizer's momentum must not move them afterwards)."""
+    changed = freeze != state.record.scales_frozen
+    for layer in qat_layers(model).values():
+        for quantizer in layer_quantizers(layer):
+            if changed:
+                with whole_quantizer(quantizer, layer._qat.latent_dtype):
+                    quantizer.freeze() if freeze else quantizer.thaw()
+                if not freeze:
+                    for parameter in quantizer.learned():
+                        parameter.data.zero_()
+            quantizer.frozen = freeze
+    state.record.scales_frozen = freeze
+
+
+@torch.no_grad()
+def after_optimizer_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> State:
+    """Count one optimizer step: ranks agree on observed ranges, ranges move, the schedule goes on.
+
+    Given the optimizers of a hand-written loop, the first call raises QATError if a learned scale is in none of them.
+    """
+    state = require_state(model)
+    if optimizers and not state.checked:
+        missing = missing_from(model, optimizers)
+        if missing:
+            raise QATError(
+                f"{len(missing)} learned scales are in no optimizer, {missing[0]} for one; build the optimizer after "
+                "qat.prepare(model, recipe), from model.parameters()"
+            )
+        state.checked = True
+    watching = [q for layer in qat_layers(model).values() if (q := input_quantizer(layer)) is not None]
+    scratch: list[Tensor] = [q.scratch for q in watching if isinstance(getattr(q, "scratch", None), Tensor)]  # type: ignore[misc]
+    if scratch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        joint = torch.cat([t.float() for t in scratch])
+        torch.distributed.all_reduce(joint, torch.distributed.ReduceOp.MAX)
+        for t, agreed in zip(scratch, torch.split(joint, [t.numel() for t in scratch]), strict=True):
+            t.copy_(agreed)
+    for quantizer in watching:
+        quantizer.commit()
+    remember_dtypes(model)
+    before = apply_schedule(model)
+    now = apply_schedule(model, state.record.step + 1)
+    if now.active and not before.active:
+        # a delayed start: the scales are searched on the weights of this moment, not on those of step 0
+        initialize(model, force=True)
+        for quantizer in watching:
+            quantizer.restart()
+    weights_changed(model)
+    return now
+
+
+@torch.no_grad()
+def follow(copy: nn.Module, before: State, now: State) -> None:
+    """Do to an averaged copy of a model what a step from `before` to `now` did to the model's own scales.
+
+    Without it the copy would average scales across the moment in which their meaning changed.
+    """
+    if now.active and not before.active:
+        search_scales(qat_layers(copy), force=True)
+    if now.freeze_scales != before.freeze_scales:
+        for layer in qat_layers(copy).values():
+            for quantizer in layer_quantizers(layer):
+                quantizer.freeze() if now.freeze_scales else quantizer.thaw()
+
+
+def learned_scales(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameter name -> learned scale."""
+    learned = {id(p) for layer in qat_layers(model).values() for q in layer_quantizers(layer) for p in q.learned()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in learned}
+
+
+def missing_from(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:
+    """Names of learned scales that none of the optimizers moves: one was built before `prepare`, or left them out."""
+    owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return [name for name, p in learned_scales(model).items() if p.requires_grad and id(p) not in owned]
+
+
+def forget_observed(model: nn.Module) -> None:
+    """Drop what inputs showed since the last optimizer step (a learning-rate finder's steps, say)."""
+    for layer in qat_layers(model).values():
+        quantizer = input_quantizer(layer)
+        if quantizer is not None:
+            quantizer.forget()
+
+
+def remember_dtypes(model: nn.Module) -> None:
+    """Write the dtypes of the last quantized forward into the record, for export from a checkpoint."""
+    state = require_state(model)
+    for name, layer in qat_layers(prepared_root(model)).items():
+        live = layer._qat
+        if live.out_dtype is not None and live.latent_dtype is not None:
+            state.record.dtypes[name] = [str(live.latent_dtype)[6:], str(live.out_dtype)[6:]]

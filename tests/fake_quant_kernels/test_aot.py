@@ -1,0 +1,178 @@
+"""The compile gate of benchmarks/aot.py: all kernels pass it, and kernels that are bad in one way each do not.
+
+Every case on sm_90, each module's first case on sm_80 and sm_100 too; `make aot` takes every case on every target, and
+AMD's.
+
+Mutations that were tried in the gate, and the planted kernel that turned red:
+
+    narrow() finds nothing, or trusts half of the bytes to be fields    two_bytes, eight_bytes
+    addresses that differ between threads not told from scalars         scalars
+    spill bytes or local memory not judged                              spills
+    `fma` in PTX not counted / `.rn` not asked for / FFMA not counted   contracted, hidden_fma
+    division told from contraction by nothing (FFMA as they stand)      divides
+    approximate division not judged                                     approximate_division
+    registers, tensor cores not judged                                  registers, no_tensor_core
+    a kernel without a case not noticed                                 test_a_kernel_without_a_case
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qat.fake_quant_kernels.dispatch import AotCase, Device, Kernel, tl
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import aot
+
+FOLDER = Path(aot.fake_quant_kernels.__path__[0])
+WITH_CASES = sorted(p.stem for p in FOLDER.glob("*.py") if "\nAOT" in p.read_text("utf-8"))
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed, there is none for macOS"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted: TRITON_INTERPRET=1"),
+]
+
+
+@pytest.mark.parametrize("name", WITH_CASES)
+def test_gate(name: str, record_property: Any) -> None:
+    found = list(aot.gate(aot.modules([name]), ("sm_90",), first=("sm_80", "sm_100")))
+    assert not [line for one in found for line in one.failures]
+    record_property(
+        "cases", f"{len(found)} compiled, {max(one.values['registers'] for one in found)} registers at most"
+    )
+
+
+def test_there_are_modules() -> None:
+    """Mutation: modules() finds those with AOT only, or none -> red."""
+    assert {module.__name__.rpartition(".")[2] for module in aot.modules()} >= set(WITH_CASES)
+    assert len(WITH_CASES) >= 1
+
+
+# kernels: a good one, and bad ones
+
+
+@Kernel
+def good(w: Any, s: Any, z: Any, y: Any, groups: Any, GROUP: tl.constexpr, TILE: tl.constexpr) -> None:
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    at = rows[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    mask = rows < groups
+    scale = tl.load(s + rows, mask=mask, other=1.0)
+    zero = tl.load(z + rows, mask=mask, other=0.0)
+    t = tl.load(w + at, mask=mask[:, None], other=0.0).to(tl.float32) * scale[:, None] + zero[:, None]
+    tl.store(y + at, t.to(y.dtype.element_ty), mask=mask[:, None])
+
+
+@Kernel
+def divides(w: Any, s: Any, z: Any, y: Any, groups: Any, GROUP: tl.constexpr, TILE: tl.constexpr) -> None:
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    at = rows[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    mask = rows < groups
+    scale = tl.math.div_rn(1.0, tl.load(s + rows, mask=mask, other=1.0))
+    zero = tl.load(z + rows, mask=mask, other=0.0)
+    t = tl.load(w + at, mask=mask[:, None], other=0.0).to(tl.float32) * scale[:, None] + zero[:, None]
+    tl.store(y + at, t.to(y.dtype.element_ty), mask=mask[:, None])
+
+
+@Kernel
+def approximate_division(w: Any, s: Any, z: Any, y: Any, groups: Any, GROUP: tl.constexpr, TILE: tl.constexpr) -> None:
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    at = rows[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    scale = 1.0 / tl.load(s + rows) + tl.load(z + rows)
+    tl.store(y + at, (tl.load(w + at).to(tl.float32) * scale[:, None]).to(y.dtype.element_ty))
+
+
+@Device
+def fused(a: Any, b: Any, c: Any) -> Any:
+    return tl.fma(a, b, c)
+
+
+@Kernel
+def hidden_fma(w: Any, s: Any, z: Any, y: Any, groups: Any, GROUP: tl.constexpr, TILE: tl.constexpr) -> None:
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    at = rows[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    scale = tl.load(s + rows)[:, None] + tl.zeros((TILE, GROUP), tl.float32)
+    zero = tl.load(z + rows)[:, None] + tl.zeros((TILE, GROUP), tl.float32)
+    tl.store(y + at, fused(tl.load(w + at).to(tl.float32), scale, zero).to(y.dtype.element_ty))
+
+
+@Kernel
+def two_bytes(w: Any, s: Any, z: Any, y: Any, groups: Any, GROUP: tl.constexpr, TILE: tl.constexpr) -> None:
+    """A pointer from a table, whose alignment nobody promises."""
+    address = tl.load(w + tl.program_id(1)).to(tl.pointer_type(tl.bfloat16))
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    at = rows[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    scale = tl.load(s + rows) + tl.load(z + rows)
+    tl.store(y + at, (tl.load(address + at).to(tl.float32) * scale[:, None]).to(y.dtype.element_ty))
+
+
+@Kernel
+def scalars(w: Any, s: Any, z: Any, y: Any, groups: Any, GROUP: tl.constexpr, TILE: tl.constexpr) -> None:
+    """Many numbers, the same for all threads of a program."""
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    at = rows[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    t = tl.load(w + at).to(tl.float32)
+    for i in tl.static_range(32):
+        t = t * tl.load(s + tl.program_id(0) * 32 + i) + tl.load(z + i)
+    tl.store(y + at, t.to(y.dtype.element_ty))
+
+
+SIGNATURE = {"w": "*bf16", "s": "*fp32", "z": "*fp32", "y": "*bf16", "groups": "i32"}
+GOOD = AotCase("good", good, SIGNATURE, {"GROUP": 32, "TILE": 64}, max_registers=40)
+TABLE = {**SIGNATURE, "w": "*i64"}
+
+
+def failures(case: AotCase, target: str, fusion: bool = False) -> str:
+    return "\n".join(aot.judge("planted", case, target, fusion).failures)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_good_kernels_pass(target: str) -> None:
+    for kernel in (good, divides, scalars):
+        assert failures(replace(GOOD, kernel=kernel), target) == ""
+    values = aot.judge("planted", GOOD, target).values
+    assert values["16-byte instructions"] >= 2 and values["registers"] > 8 and values["instructions"] > 50
+
+
+BAD = {
+    "two_bytes": (
+        replace(GOOD, kernel=two_bytes, signature=TABLE),
+        r"narrow accesses 16, .*\(table %\d+: bytes {2: 16}",
+    ),
+    "eight_bytes": (
+        replace(GOOD, constants={"GROUP": 4, "TILE": 256}),
+        r"narrow accesses .*\(w: bytes {8: \d+}; y: bytes {8: \d+}\)",
+    ),
+    "approximate_division": (replace(GOOD, kernel=approximate_division), "approximate [1-9]"),
+    "hidden_fma": (replace(GOOD, kernel=hidden_fma), "fused [1-9]"),
+    "spills": (
+        replace(GOOD, num_warps=1, constants={"GROUP": 64, "TILE": 512}, max_registers=255),
+        "spill bytes [1-9]",
+    ),
+    "registers": (replace(GOOD, max_registers=16), r"registers \d+, wanted at most 16"),
+    "no_tensor_core": (replace(GOOD, matmul=True), "tensor core instructions 0, wanted at least 1"),
+    "no_such_argument": (replace(GOOD, constants={"GROUP": 32}), "does not compile: ValueError: .*'TILE'"),
+    "not_aligned": (replace(GOOD, kernel=two_bytes, signature=TABLE, aligned=("y",)), ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_kernels_fail(name: str) -> None:
+    case, wanted = BAD[name]
+    found = failures(case, "sm_90")
+    assert re.search(wanted, found) if wanted else not found, found
+    assert found.count("\n") == 0 or name == "spills"
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_contracted(target: str) -> None:
+    """A kernel that is good turns bad by fp fusion alone."""
+    assert "fused" in failures(GOOD, target, fusion=True)
