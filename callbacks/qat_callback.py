@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import qat
 from qat.bypass import planned_weights, watched
@@ -52,13 +53,20 @@ class QATCallback(AnyCallback):
     recipe      name of a preset, path of a YAML file, or a `Recipe`
     overrides   like `["rules.linears.weight.bits=3"]`, for a name or a path
     rehearse    prove on the first batch of each stage that no planned weight is used in float
+    code_cache, real    how this machine computes, see `qat.prepare`
 
     `plan` holds the plan once the layers exist. Raises RecipeError for a bad recipe, QATError where it does not fit the
     model, the callbacks or the optimizers; all of them before the first step.
     """
 
     def __init__(
-        self, recipe: str | PathLike[str] | Recipe, *, overrides: Sequence[str] = (), rehearse: bool = True
+        self,
+        recipe: str | PathLike[str] | Recipe,
+        *,
+        overrides: Sequence[str] = (),
+        rehearse: bool = True,
+        code_cache: bool | int = True,
+        real: bool = True,
     ) -> None:
         if isinstance(recipe, Recipe):
             if overrides:
@@ -67,10 +75,11 @@ class QATCallback(AnyCallback):
         else:
             self.recipe = load_recipe(recipe, overrides)
         self.rehearse = rehearse
+        self.code_cache, self.real = code_cache, real
         self.plan: Plan | None = None
         self._patches: list[Patch] = []
         self._counter: Any = None
-        self._warned = self._told = False
+        self._warned = self._told = self._swapped = False
 
     # ---- structure -------------------------------------------------------------------------------------------------
 
@@ -99,7 +108,7 @@ class QATCallback(AnyCallback):
             self._patch_steps(pl_module)
 
     def _prepare(self, pl_module: LightningModule) -> None:
-        self.plan = qat.prepare(pl_module, self.recipe)
+        self.plan = qat.prepare(pl_module, self.recipe, code_cache=self.code_cache, real=self.real)
         refuse_if(target_reasons(self.plan, self.recipe), f"recipe {self.recipe.name!r}: export.targets", QATError)
         if self.plan.coverage < _LOW_COVERAGE and not self._told:
             log.warning("recipe %r: only %s", self.recipe.name, self.plan.summary)
@@ -166,7 +175,14 @@ class QATCallback(AnyCallback):
         _share_record(trainer, pl_module)
         self._stop_counting()
         owner = owner_of_planned(trainer, pl_module)
-        self._counter = owner.register_step_post_hook(lambda *_: self._stepped(trainer, pl_module))
+
+        def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if optimizer is owner:
+                self._stepped(trainer, pl_module)
+
+        # global hooks run after an optimizer's own, in the order of their registration: codes are forgotten first
+        self._counter = register_optimizer_step_post_hook(stepped)
+        qat.weights_changed(pl_module)
 
     def _stepped(self, trainer: Trainer, pl_module: LightningModule) -> None:
         before = qat.apply_schedule(pl_module)
@@ -179,16 +195,29 @@ class QATCallback(AnyCallback):
     # ---- time ------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._swapped:
+            self._swapped = False
+            qat.weights_changed(pl_module)
         qat.apply_schedule(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         qat.apply_schedule(pl_module)
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and dataloader_idx == 0 and _averaged(trainer, pl_module):
+            # averaged weights were swapped in, through `.data`, after on_validation_start; and will be swapped back
+            self._swapped = True
+            qat.weights_changed(pl_module)
+
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         qat.apply_schedule(pl_module)
+        qat.weights_changed(pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         qat.apply_schedule(pl_module)
+        qat.weights_changed(pl_module)
 
     # ---- end -------------------------------------------------------------------------------------------------------
 

@@ -39,7 +39,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import qat
+from qat.codes import packs
 from qat.export.format import Format
+from qat.fake_quant_kernels.affine import decode
 from qat.layout import Layout
 from qat.plan import PlanRow
 from qat.quantizers import Quantizer, make_quantizer, mse, quantizers
@@ -52,8 +54,8 @@ SIGNS = ((True, False), (False, False), (True, True))
 SIZE = 32
 SHAPE = (3, 2 * SIZE)
 # at least this many equalities; a registry that grows may only add to them
-WEIGHT_CASES = {"absmax": 2900, "lsq": 20000, "minmax": 3600, "mse": 6700}
-INPUT_CASES = {"absmax": 528, "ema": 2592, "lsq": 2592, "minmax": 744}
+WEIGHT_CASES = {"absmax": 6100, "lsq": 39000, "minmax": 8200, "mse": 14700}
+INPUT_CASES = {"absmax": 1290, "ema": 6400, "lsq": 6400, "minmax": 1840}
 
 
 def specs(quantizer: str, granularities: tuple[str, ...], activation: bool) -> Iterator[QuantSpec]:
@@ -95,6 +97,13 @@ def assert_law(quantizer: Quantizer, w: Tensor, held_by: list[Format], count: Co
     if tensor.minimum is not None:
         assert tensor.minimum.dtype == spec.scale_grid.dtype, context
         assert torch.equal(spec.scale_grid.project_minimum(tensor.minimum.float()), tensor.minimum.float()), context
+    rows = quantizer.rows_layout(w).to_rows(w)
+    for packed in {False, packs(spec, rows)}:
+        # what a layer computes with, and what its cache keeps
+        codes, fields = quantizer.quantize(rows, spec, packed=packed)
+        hat = decode(codes, *fields, w.dtype, packed, spec.signed)
+        assert torch.equal(hat.reshape(w.shape), fake), f"{context}: layer, packed={packed}"
+        count["layer"] += 1
     count["forward"] += 1
     for fmt in held_by:
         if not torch.equal(scale.to(w.dtype).float(), scale):

@@ -1,0 +1,163 @@
+"""torch.compile takes prepared layers whole: no graph break, no recompilation but where the schedule changes what is
+computed, and the numbers of the eager layers.
+
+Mutations tried: `_apart` in place of `_quantized`, strength as a float on `Live`, the version counter read while
+compiling, `live.out_dtype` compared before it is set, an FMA in decode: each turns a test red.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import qat
+from qat.steps import qat_layers
+
+GROUPS = {"bits": 4, "granularity": "group", "group_size": 16}
+TOKENS = {"bits": 8, "granularity": "token", "scale": "fp32", "quantizer": "absmax"}
+GRIDS: dict[str, dict[str, Any]] = {
+    "absmax": {"weight": {**GROUPS, "quantizer": "absmax"}},
+    "lsq": {"weight": {**GROUPS, "quantizer": "lsq"}},
+    "w8a8": {"weight": {"bits": 8, "narrow": True, "quantizer": "mse"}, "input": TOKENS},
+}
+
+
+@pytest.fixture(autouse=True)
+def afresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def llama(layers: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=32,
+        use_cache=False,
+    )
+    return transformers.LlamaForCausalLM(config).train()  # type: ignore[no-any-return]
+
+
+IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def train(model: nn.Module, forward: Any, steps: int) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    losses = []
+    for _ in range(steps):
+        loss = forward(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        qat.after_optimizer_step(model, optimizer)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_llama_is_one_graph(grid: str, recipe: Any) -> None:
+    """Forward and backward, through Inductor: one graph, no break, the losses of the eager run."""
+    found = []
+    for compiled in (False, True):
+        model = llama(1)
+        qat.prepare(model, recipe(rules={"all": {"types": ["Linear"], **GRIDS[grid]}}), real=False)
+        found.append(train(model, torch.compile(model, fullgraph=True) if compiled else model, 6))
+    assert graphs() == 1 and not counters["graph_break"]
+    eager, ours = found
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(eager), rtol=2e-4, atol=0)
+    assert eager[0] - eager[-1] > 0.05
+
+
+PHASES = {
+    "float": {"steps": 20, "quantize": False},
+    "ramped": {"steps": 40, "ramp": 15, "bits": {"all": 8}},
+    "own": {"steps": 20},
+    "frozen": {"steps": -1, "freeze_scales": True},
+}
+# float -> on the way to 8 bits -> 8 bits -> 4 bits -> frozen
+CHANGES = 4
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_recompilations_of_a_scheduled_run(grid: str, recipe: Any) -> None:
+    """100 steps; nothing is compiled again but where the schedule changes what a layer computes."""
+    model = llama()
+    phases = {name: dict(phase) for name, phase in PHASES.items()}
+    changes = CHANGES
+    if grid == "w8a8":
+        # its own bits are those of the phase, and no scale is learned
+        changes -= 1
+    qat.prepare(model, recipe(rules={"all": {"types": ["Linear"], **GRIDS[grid]}}, phases=phases))
+    train(model, torch.compile(model, fullgraph=True, backend="aot_eager"), 100)
+    assert not counters["graph_break"]
+    assert 2 <= graphs() <= 1 + changes
+
+
+class Weights(nn.Module):
+    """Gives the fake-quantized weight of every layer: eye @ w_hat^T has no rounding of its own."""
+
+    def __init__(self, count: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(inputs, outputs, bias=False, dtype=dtype) for _ in range(count))
+        self.register_buffer("eye", torch.eye(inputs, dtype=dtype))
+
+    def forward(self) -> list[Tensor]:
+        return [layer(self.eye) for layer in self.layers]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_law_through_the_layer_eager_and_compiled(
+    dtype: torch.dtype, cached: bool, recipe: Any, record_property: Any
+) -> None:
+    """layer's weight == integers(w).dequantize(), with codes from the cache and with codes made in the graph."""
+    weights: list[dict[str, Any]] = []
+    for quantizer, zero, bits in product(("absmax", "minmax", "mse", "lsq"), ("none", "int", "float"), (2, 3, 4, 8)):
+        if (quantizer == "absmax") != (zero == "none") and quantizer in ("absmax", "minmax"):
+            continue
+        for granularity, scale in (("group", "portable"), ("channel", "fp16"), ("tensor", "fp32"), ("group", "bf16")):
+            size = {"group_size": 16} if granularity == "group" else {}
+            slot = {"bits": bits, "zero_point": zero, "quantizer": quantizer, "scale": scale, **size}
+            weights.append({"granularity": granularity, **slot})
+    torch.manual_seed(2)
+    model = Weights(len(weights), 48, 6, dtype)
+    with torch.no_grad():
+        for layer in model.layers:
+            w: Any = layer.weight
+            w.mul_(torch.logspace(-1, 1, 6, dtype=dtype).unsqueeze(1))
+            w[0, :16] = 0.0
+    rules = {f"r{i}": {"match": [f"layers.{i}"], "weight": slot} for i, slot in enumerate(weights)}
+    qat.prepare(model, recipe(rules=rules), code_cache=cached)
+    for q in (layer.weight_quantizer for layer in model.layers):
+        for theta in q.learned():
+            nn.init.normal_(theta, 0, 0.02)
+    qat.weights_changed(model)
+    expected = [layer.weight_quantizer.integers(layer.weight).dequantize() for layer in model.layers]  # type: ignore[operator, union-attr]
+    assert all(bool(layer._qat.cache.nbytes) == cached for layer in qat_layers(model).values())
+    compiled = torch.compile(model, fullgraph=True)
+    for found in (model(), compiled()):
+        assert len(found) == len(weights) >= 100
+        for slot, y, w_hat in zip(weights, found, expected, strict=True):
+            assert torch.equal(y.t(), w_hat), slot
+    assert graphs() == 1
+    record_property("cases", f"{2 * len(weights)} equalities")
