@@ -2,7 +2,10 @@
 # make demo    trains, exports and reads back a small model: runs/demo/report.html and runs/demo/results.json
 # make test    the whole test suite
 # make lint    ruff and mypy
-# make docs    README's table and picture from benchmarks/results/demo.json
+# make docs    README's tables and picture from benchmarks/results/demo.json and cpu.json
+# make bench-cpu   QAT step over float step, beside other libraries, one thread: benchmarks/results/cpu.json (15 minutes)
+# make bench-gpu   kernels and Llama steps on one GPU, with nothing but torch and triton: benchmarks/results/gpu-*.json
+# make aot     every kernel compiled for GPUs that need not be there, and judged: benchmarks/results/aot-*.json
 # make clean   removes what the targets above made
 #
 # Variables, given as `make setup NAME=value`:
@@ -13,6 +16,8 @@
 #   CONSTRAINTS  file of tested versions; empty for the newest that pyproject.toml allows  constraints.txt
 #   WORKERS      processes that run tests side by side; 0 runs them in pytest's own        2
 #   PYTEST_ARGS  passed on to pytest
+#   BENCH_ARGS   passed on to a benchmark, like --dry-run
+#   GPU_PYTHON   the Python of bench-gpu: one that has torch with CUDA, and triton             python3
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -28,6 +33,8 @@ EXTRAS ?= all,dev
 CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+GPU_PYTHON ?= python3
 
 # What the stamp was made for. A moved checkout, a removed Python or another choice makes .venv stale.
 KEY := $(CURDIR) $(TORCH) $(EXTRAS) $(CONSTRAINTS)
@@ -37,7 +44,7 @@ else ifneq (ok,$(shell $(BIN)/python -c 'print("ok")' 2>/dev/null))
 $(STAMP): FORCE
 endif
 
-.PHONY: help setup demo test lint docs clean FORCE
+.PHONY: help setup demo test lint docs bench-cpu bench-gpu aot clean FORCE
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -71,6 +78,23 @@ lint: setup
 docs: setup
 	$(BIN)/python docs/readme_results.py
 
+# The other libraries pin versions of their own (setuptools, for one), so they have a .venv of their own.
+BENCH := .venv-bench
+$(BENCH)/setup.done: pyproject.toml $(CONSTRAINTS)
+	if ! $(BENCH)/bin/python -c 'import pip' 2>/dev/null; then rm -rf $(BENCH); $(PYTHON) -m venv $(BENCH); fi
+	$(BENCH)/bin/python -m pip install --quiet $(TORCH)
+	$(BENCH)/bin/python -m pip install --quiet --editable '.[bench]'
+	touch $@
+
+bench-cpu: $(BENCH)/setup.done
+	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m benchmarks.cpu $(BENCH_ARGS)
+
+bench-gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(BENCH_ARGS)
+
+aot: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.aot
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs .mypy_cache .pytest_cache .ruff_cache .hypothesis lightning_logs wandb
+	rm -rf $(VENV) $(BENCH) build dist *.egg-info runs .mypy_cache .pytest_cache .ruff_cache .hypothesis lightning_logs wandb
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -149,7 +149,7 @@ class Variant:
         return loss
 
 
-def compiled(model: nn.Module) -> Callable[[Any], Tensor]:
+def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[Any], Tensor]:
     """The model's forward under torch.compile, with a code object of its own: compiled code is kept, looked up and
     limited per code object, so that models of one class would otherwise share one short list."""
     import torch._dynamo
@@ -163,7 +163,7 @@ def compiled(model: nn.Module) -> Callable[[Any], Tensor]:
         return model(batch)
 
     own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
-    return torch.compile(own, dynamic=False)  # type: ignore[no-any-return]
+    return torch.compile(own, dynamic=False, backend=backend)
 
 
 def take_turns(

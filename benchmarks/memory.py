@@ -1,7 +1,7 @@
 """Bytes and host reads of one step on a CPU, from the allocator's own events.
 
     peak    highest level within a step above its start
-    alive   level after the forward above the step's start, without gradients: what autograd saved, every cache, the loss
+    alive   level after the forward above the step's start, without gradients: what autograd saved, caches, the loss
     syncs   reads of a tensor's value by the host (`.item()`, `bool(t)`, `nonzero`): each would stop a GPU's queue
 
 To peak and alive is added what the tool held at the step's start beside its state dict, its gradients and its
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
@@ -78,7 +79,7 @@ def measure(variant: Variant, batch: Any, parts: int, kept: int) -> Memory:
     parts = min(parts, 2)
     with _recorded():
         # what is given back is only reported if it was taken under a recording
-        variant.step(batch, parts)
+        pass
     gc.collect()
     gc.disable()
     try:
@@ -125,7 +126,6 @@ def _events(recorded: profile) -> list[Any]:
 
 def _changes(recorded: profile) -> list[int]:
     """Bytes taken (positive) and given back, in order of time."""
-    found = [
-        e for e in _events(recorded) if e.name() == "[memory]" and e.device_type() == torch.autograd.DeviceType.CPU
-    ]
+    host = DeviceType.CPU
+    found = [event for event in _events(recorded) if event.name() == "[memory]" and event.device_type() == host]
     return [event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())]

@@ -81,7 +81,8 @@ class LlamaBlock(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
         x = x + self.o_proj(mixed.transpose(1, 2).reshape(batch, length, width))
         h = self.post_norm(x)
-        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        y: Tensor = x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        return y
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -127,9 +127,36 @@ def stochastic(at: Size) -> Arguments:
     yield "stochastic_int8", (at.normal(0), torch.tensor([7], device=at.device), None)
 
 
+def packing(at: Size) -> Arguments:
+    for bits in (2, 3, 4, 6, 8):
+        codes = torch.randint(0, 1 << bits, (at.rows, at.columns), device=at.device, dtype=torch.uint8)
+        yield "pack", (codes, bits)
+        taken = -(-at.columns * bits // 8)
+        packed = torch.randint(0, 256, (at.rows, taken), device=at.device, dtype=torch.uint8)
+        yield "unpack", (packed, bits, at.columns, False)
+
+
+def two_level(at: Size) -> Arguments:
+    """Weights in super-blocks of 256, and scales: as many of them as there are weights, so that a pass is long."""
+    from qat.fake_quant_kernels.two_level import double_encode, exl2_encode, exl2_largest
+
+    w = at.normal(0, at.rows, max(256, at.columns // 256 * 256))
+    # Q4_K and Q6_K
+    for how in ((32, 0, 15, 63, True), (16, -32, 31, 127, False)):
+        yield "kquant_dynamic", (w, *how, True, at.dtype)
+        yield "kquant_dynamic", (w, *how, False, at.dtype)
+    scales = at.scale(3, at.rows, at.columns) * 0.01
+    largest = exl2_largest(scales)
+    yield "exl2_encode", (scales, largest)
+    yield "exl2_decode", (exl2_encode.reference(scales, largest), largest)
+    table, offset = torch.linspace(-1, 1, 256, device=at.device), scales.mean().reshape(1)
+    yield "double_encode", (scales, offset, table)
+    yield "double_decode", (*double_encode.reference(scales, offset, table), offset, table)
+
+
 def listed(operations: dict[str, Any], at: Size) -> Arguments:
     """(operation, arguments) of everything above that exists."""
-    sources = [affine, search, products, stochastic]
+    sources = [affine, search, products, stochastic, packing, two_level]
     for family in (codebook, float8, mx, nvfp4):
         encode = operations.get(f"{family.__name__}_encode_dynamic")
         if encode is not None:

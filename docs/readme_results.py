@@ -1,11 +1,13 @@
-"""Write README's table and picture from a results file, so that every number in README was measured.
+"""Write README's tables and picture from results files, so that every number in README was measured.
 
-    python docs/readme_results.py            benchmarks/results/demo.json -> README.md and docs/results.svg
+    python docs/readme_results.py            benchmarks/results/{demo,cpu}.json -> README.md and docs/results.svg
     python docs/readme_results.py --check    change nothing; exit 1 if README.md differs from what would be written
 
-The results file holds {"environment": {name: value}, "rows": [{suite, case, tool, metric, value, better}, ...]}.
-The rows of the suite `demo` become a table with a line for each case and tool and a column for each metric, in the
-order in which they come; the picture shows the metric that is drawn (`DRAWN`).
+A results file holds {"environment": {name: value}, "rows": [{suite, case, tool, metric, value, better}, ...]}; rows may
+have a goal too. The rows of the suite `demo` become a table with a line for each case and tool and a column for each
+metric, in the order in which they come; the picture shows the metric that is drawn (`DRAWN`). Those of the suite `cpu`
+become a second table, between markers of its own: a line for each case, a column for each tool, and in each cell the
+two metrics of `CELL`.
 """
 
 from __future__ import annotations
@@ -25,24 +27,31 @@ SUITE = "demo"
 # The first metric whose name starts so is drawn; without one, the first metric.
 DRAWN = "kl"
 FIELDS = {"suite", "case", "tool", "metric", "value", "better"}
+OPTIONAL = {"goal"}
+SPEED = ROOT / "benchmarks" / "results" / "cpu.json"
+SPEED_START, SPEED_END = "<!-- speed:start -->", "<!-- speed:end -->"
+SPEED_SUITE = "cpu"
+# what a cell of the second table shows: step time over the float step's, and bytes alive after a forward
+CELL = ("time_ratio", "alive_bytes")
+NOT_MEASURED = "Run `make bench-cpu`: it measures on your machine, beside other libraries, and writes the table."
 ARROWS = {"lower": "↓", "higher": "↑"}
 NOTHING_YET = "Run `make demo`: it measures on your machine and writes the table, the plots and the figures."
 
 Row = dict[str, Any]
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+def read(path: Path, suite: str = SUITE) -> tuple[dict[str, Any], list[Row]]:
     """Environment and the rows to show; raises ValueError naming what is wrong with the file."""
     data = json.loads(path.read_text(encoding="utf-8"))
     rows = data.get("rows")
     if not isinstance(rows, list) or not isinstance(data.get("environment"), dict):
         raise ValueError(f'{path}: needs the keys "environment" (a mapping) and "rows" (a list)')
     for index, row in enumerate(rows):
-        if set(row) != FIELDS:
+        if set(row) - OPTIONAL != FIELDS:
             raise ValueError(f"{path}: row {index} has the keys {sorted(row)}, not {sorted(FIELDS)}")
-    shown = [row for row in rows if row["suite"] == SUITE and isinstance(row["value"], int | float)]
+    shown = [row for row in rows if row["suite"] == suite and isinstance(row["value"], int | float)]
     if not shown:
-        raise ValueError(f'{path}: no row of suite "{SUITE}" with a number')
+        raise ValueError(f'{path}: no row of suite "{suite}" with a number')
     return data["environment"], shown
 
 
@@ -86,6 +95,27 @@ def block(results: Path) -> str:
     return f"{table(environment, rows)}\n\n![{drawn(rows)} of each tool](docs/results.svg)"
 
 
+def speed_block(results: Path) -> str:
+    """What stands between the second pair of markers."""
+    if not results.is_file():
+        return NOT_MEASURED
+    environment, rows = read(results, SPEED_SUITE)
+    values = {(row["case"], row["tool"], row["metric"]): row["value"] for row in rows}
+    tools = list(dict.fromkeys(row["tool"] for row in rows if row["metric"] == CELL[0]))
+    lines = ["| case | " + " | ".join(tools) + " |", "|---|" + "---:|" * len(tools)]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        cells = [[values.get((case, tool, metric)) for metric in CELL] for tool in tools]
+        shown = ["" if None in cell else f"{cell[0]:.2f}, {cell[1] / 2**20:.1f} MiB" for cell in cells]
+        lines.append(f"| {case} | " + " | ".join(shown) + " |")
+    measured = ", ".join(f"{name} {value}" for name, value in environment.items() if not isinstance(value, dict | list))
+    explained = (
+        "Time of a training step over that of the float step of the same case, and bytes alive after a forward beside "
+        "the parameters, caches included; lower is better. `float again` is a second float model: the spread. Schemes "
+        "of other libraries are the nearest that they have. Measured by `make bench-cpu` with"
+    )
+    return "\n".join([*lines, "", f"{explained} {measured}."])
+
+
 def drawn(rows: list[Row]) -> str:
     names = list(dict.fromkeys(row["metric"] for row in rows))
     return next((name for name in names if name.lower().startswith(DRAWN)), names[0])
@@ -116,11 +146,11 @@ def draw(rows: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def replaced(readme: str, text: str) -> str:
+def replaced(readme: str, text: str, start: str = START, end: str = END) -> str:
     """README with `text` between the markers; raises ValueError unless each marker is there once."""
-    if readme.count(START) != 1 or readme.count(END) != 1 or readme.index(START) > readme.index(END):
-        raise ValueError(f"README.md needs one {START} and, after it, one {END}")
-    return f"{readme[: readme.index(START)]}{START}\n{text}\n{readme[readme.index(END) :]}"
+    if readme.count(start) != 1 or readme.count(end) != 1 or readme.index(start) > readme.index(end):
+        raise ValueError(f"README.md needs one {start} and, after it, one {end}")
+    return f"{readme[: readme.index(start)]}{start}\n{text}\n{readme[readme.index(end) :]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         old = README.read_text(encoding="utf-8")
-        new = replaced(old, block(RESULTS))
+        new = replaced(replaced(old, block(RESULTS)), speed_block(SPEED), SPEED_START, SPEED_END)
         if options.check:
             return int(old != new)
         if RESULTS.is_file():

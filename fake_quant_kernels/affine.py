@@ -142,7 +142,8 @@ def encode(
     w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int, packed: bool = False
 ) -> Tensor:
     """w [R, K] of any float dtype -> codes within lo..hi: int8 (lo < 0) or uint8 [R, K]; packed uint8 [R, K/2]."""
-    return affine_encode(w, scale, zero, minimum, lo, hi, packed)  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return affine_encode(w, scale, zero, minimum, lo, hi, packed)  # type: ignore[no-any-return]
 
 
 def decode(
@@ -156,9 +157,10 @@ def decode(
 ) -> Tensor:
     """Codes [R, K], integers or integral floats (packed: uint8 [R, K/2], with the grid's sign) -> weights [R, K].
 
-    fp32 arithmetic, then one cast to `dtype`.
+    fp32 arithmetic, then one cast to `dtype`. No gradients: those are `vjp`'s.
     """
-    return affine_decode(codes, scale, zero, minimum, dtype, packed, signed)  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return affine_decode(codes, scale, zero, minimum, dtype, packed, signed)  # type: ignore[no-any-return]
 
 
 def vjp(

@@ -33,8 +33,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.fake_quant_kernels.block_cases import cases
-from qat.fake_quant_kernels.blocks import dequantize, differentiate, quantize
+from qat.fake_quant_kernels.block_launch import dequantize, differentiate, quantize
+from qat.fake_quant_kernels.blocks import cases
 from qat.fake_quant_kernels.dispatch import Op
 from qat.fake_quant_kernels.elements import Element, clipped_vjp, group_amax, pack, scaled, unpack
 from qat.fake_quant_kernels.storage import project

@@ -26,6 +26,22 @@ from torch import Tensor
 
 from qat.errors import QATError
 
+__all__ = [
+    "CHOICES",
+    "INTERPRETED",
+    "AotCase",
+    "Device",
+    "Kernel",
+    "Op",
+    "choice",
+    "constant",
+    "tl",
+    "triton_reasons",
+    "uncompiled",
+    "uses_triton",
+    "version",
+]
+
 CHOICES = ("", "reference", "triton")
 # what the environment asked for; tests set it
 choice = os.environ.get("QAT_KERNELS", "").strip().lower()
@@ -63,7 +79,7 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         # without the compiler's module nothing is being compiled
-        call = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+        call = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function  # type: ignore[no-untyped-call]
         return call(*args, **kwargs)
 
     run._torchdynamo_disable = True  # type: ignore[attr-defined]
@@ -128,6 +144,8 @@ class _Lazy:
             assert isinstance(self.function, FunctionType)
             names = self.function.__globals__
             names["tl"] = triton.language
+            # the compiler resolves annotations too, and knows no others
+            names["Any"] = triton.language.tensor
             for name in self.function.__code__.co_names:
                 if isinstance(names.get(name), Device):
                     names[name] = names[name].jitted()
@@ -137,6 +155,9 @@ class _Lazy:
 
 class Device(_Lazy):
     """A function that kernels call; usable as a decorator."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{self.function.__name__} runs inside kernels only")
 
 
 class Kernel(_Lazy):

@@ -122,7 +122,8 @@ def e2m1_codes(u: Tensor) -> Tensor:
     codes = steps.clamp(max=4)
     for step in (4, 6, 8):
         codes += steps > step
-    return codes.bitwise_or_(((u.view(torch.int32) >> 28) & 8).to(torch.uint8))
+    codes |= ((u.view(torch.int32) >> 28) & 8).to(torch.uint8)
+    return codes.mul_(u == u)
 
 
 def e2m1_numbers(codes: Tensor) -> Tensor:
@@ -146,13 +147,13 @@ def float_round(v: Any, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.co
 
 @Device
 def float_code(u: Any, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, SIGN: tl.constexpr) -> Any:
-    """A number of the small float -> its code as int32; NaN: all ones (8 bits) or 0 (4 bits) behind its sign."""
+    """A number of the small float -> its code as int32; NaN: all ones behind its sign (8 bits) or 0 (4 bits)."""
     bits = u.to(tl.int32, bitcast=True)
     size = tl.abs(u)
     normal = ((bits & 0x7FFFFFFF) >> (23 - MANTISSA)) - ((126 + LOWEST) << MANTISSA)
     small = (tl.where(size < 2.0**LOWEST, size, 0.0) * 2.0 ** (MANTISSA - LOWEST)).to(tl.int32)
     code = tl.where(size < 2.0**LOWEST, small, normal) | ((bits >> (31 - SIGN)) & (1 << SIGN))
-    return tl.where(u != u, (code & 0x80) | 0x7F if SIGN == 7 else code & 8, code)
+    return tl.where(u != u, (code & 0x80) | 0x7F if SIGN == 7 else 0, code)
 
 
 @Device

@@ -5,8 +5,8 @@
     w_hat = code * s                in fp32, then one cast
 
 Formats: Micikevicius et al. 2022, table 1; OCP OFP8 v1.0. Values beyond the largest number saturate, infinities too;
-NaN stays NaN, and the sign of 0 stays. Dynamic scales are s = project(amax |w| * (1 / top)) of each group; for one scale
-of the whole tensor take `amax` first, `tensor_scale` of it, and the operations with a given scale.
+NaN stays NaN, and the sign of 0 stays. Dynamic scales are s = project(amax |w| * (1 / top)) of each group; for one
+scale of the whole tensor take `amax` first, `tensor_scale` of it, and the operations with a given scale.
 
 Backward: dw = g * (|v| <= top), or g itself with dynamic scales (then there is nothing to compute), and
 
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.fake_quant_kernels.block_cases import cases
-from qat.fake_quant_kernels.blocks import dequantize, differentiate, quantize
+from qat.fake_quant_kernels.block_launch import dequantize, differentiate, quantize
+from qat.fake_quant_kernels.blocks import cases
 from qat.fake_quant_kernels.dispatch import AotCase, Kernel, Op, tl
 from qat.fake_quant_kernels.elements import E4M3, E5M2, Element, clipped_vjp, group_amax, magnitude_bits, scaled
 from qat.fake_quant_kernels.storage import project
@@ -116,10 +116,7 @@ def amax_kernel(w: Any, out: Any, count: Any, runs: Any, EVEN: tl.constexpr, BLO
     best = tl.zeros([BLOCK], tl.int32)
     for run in range(0, runs):
         at = start + run * BLOCK
-        if EVEN:
-            x = tl.load(w + at + offsets)
-        else:
-            x = tl.load(w + at + offsets, offsets < count - at, other=0.0)
+        x = tl.load(w + at + offsets) if EVEN else tl.load(w + at + offsets, offsets < count - at, other=0.0)
         best = tl.maximum(best, magnitude_bits(x))
     tl.store(out + tl.program_id(0), tl.max(best, 0))
 

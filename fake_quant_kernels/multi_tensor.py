@@ -86,8 +86,8 @@ def _launch(
             num_warps=warps,
         )
     if alone:
-        own = ([each[t] for t in alone] for each in (weights, codes, scales))
-        _reference(*own, [], [], [], *settings)
+        w, code, scale = ([each[t] for t in alone] for each in (weights, codes, scales))
+        _reference(w, code, scale, [], [], [], *settings)
 
 
 _op = torch.library.custom_op(
@@ -254,15 +254,15 @@ class MultiAbsmax:
                 # a group of nothing still has a scale
                 self.alone += [t] * bool(scale.numel())
                 continue
-            units, size, per_half, split = geometry(*w.shape, scale.shape[1], self.settings[6])
+            units, size, per_half, split = geometry(w.shape[0], w.shape[1], scale.shape[1], self.settings[6])
             together = w.is_contiguous() and code.is_contiguous() and scale.is_contiguous()
             if size > _LONGEST or (split and scale.shape[1] > 1) or not together:
                 self.alone.append(t)
                 continue
             at = (w.data_ptr(), code.data_ptr(), scale.data_ptr())
             halves = 1 + split if self.settings[6] else 0
-            even = not any(number % 16 for number in (*at[:2], size))
-            tile = (1 << (size - 1).bit_length(), halves, int(even))
+            even = int(not any(number % 16 for number in (*at[:2], size)))
+            tile = (1 << (size - 1).bit_length(), halves, even)
             rows.setdefault(tile, []).append((*at, units, size, per_half))
         device = weights[0].device
         for (wide, halves, even), table in rows.items():

@@ -25,8 +25,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.fake_quant_kernels.block_cases import cases
-from qat.fake_quant_kernels.blocks import dequantize, differentiate, quantize
+from qat.fake_quant_kernels.block_launch import dequantize, differentiate, quantize
+from qat.fake_quant_kernels.blocks import cases
 from qat.fake_quant_kernels.dispatch import Op
 from qat.fake_quant_kernels.elements import (
     E2M1,

@@ -12,8 +12,8 @@ Two conventions for the tensor's scale T, which are not the same in the last bit
 The tensor's scale is an argument: it takes a pass of its own (`float8.amax`, then `tensor_scale`), and a frozen one
 takes none. The consumers multiply the number by the finished s, so w_hat is what they decode, bit for bit.
 
-Backward: dw = g * (|v| <= 6), or g itself; ds = sum_block g * (code - v * (|v| <= 6)) is the gradient of s as a whole: a
-learned block scale passes it straight through the rounding to e4m3.
+Backward: dw = g * (|v| <= 6), or g itself; ds = sum_block g * (code - v * (|v| <= 6)) is the gradient of s as a whole:
+a learned block scale passes it straight through the rounding to e4m3.
 
 Shapes: w [R, K] in any float dtype, read as fp32; scales float8_e4m3fn [R, G], K % G == 0, G = K / 16 in the format;
 T fp32 of one element. Codes uint8 [R, K] with the sign in bit 3, or uint8 [R, K/2] if packed (planar halves).
@@ -24,8 +24,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.fake_quant_kernels.block_cases import cases
-from qat.fake_quant_kernels.blocks import dequantize, differentiate, quantize
+from qat.fake_quant_kernels.block_launch import dequantize, differentiate, quantize
+from qat.fake_quant_kernels.blocks import cases
 from qat.fake_quant_kernels.dispatch import Op
 from qat.fake_quant_kernels.elements import (
     E2M1,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qat.codes import CodeCache, Entry, packs, quantize
 from qat.fake_quant_kernels import int8_linear
 from qat.fake_quant_kernels.dispatch import uncompiled
-from qat.node import Call, KeepInGraph, QuantizedLayer, Slot, inside, random_state
+from qat.node import Call, KeepInGraph, QuantizedLayer, Slot, inside, no_autocast, random_state
 from qat.ops import ConvOp, EmbeddingOp, ExpertsOp, LayerOp, LinearOp
 from qat.qtensor import Fields
 from qat.quantizers import Quantizer
@@ -114,7 +114,7 @@ class QATLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._qat.cache.forget()
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._qat.cache.forget()
@@ -183,9 +183,10 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
         weights = [getattr(layer, key) for key in kinds]
         dtype = _compute_dtype(op, inputs, weights)
         live.latent_dtype, live.out_dtype = weights[0].dtype, dtype
-        with torch.autocast(device_type=weights[0].device.type, enabled=False):
+        with no_autocast(weights[0].device.type):
             x_slot, x_quantized = _input(layer, live, inputs[0])
-            slots, quantized = [], []
+            slots: list[Slot | None] = []
+            quantized: list[Tensor | None] = []
             quantizers = weight_quantizers(layer)
             for key, w in zip(kinds, weights, strict=True):
                 slot, entry = _weight(live, key, w, quantizers.get(key))

@@ -56,6 +56,13 @@ def is_inside() -> bool:
     return _inside > 0
 
 
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside, operations run in the dtypes of their arguments."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type=device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def no_view(y: Tensor) -> Tensor:
     """The same numbers in the same memory, but free to be changed in place (`nn.ReLU(inplace=True)` after a layer):
     autograd refuses that for views that a Function hands out."""
@@ -175,7 +182,7 @@ class QuantizedLayer(torch.autograd.Function):
         need_x = call.op.needs_x(needs[call.inputs : call.inputs + len(weights)])
         kept_x, *kept = _kept(call, blend, x, need_x, x_quantized, quantized)
         ctx.save_for_backward(blend, kept_x, *inputs[1:], *weights, *kept)
-        with torch.autocast(device_type=weights[0].device.type, enabled=False):  # type: ignore[union-attr]
+        with no_autocast(weights[0].device.type):  # type: ignore[union-attr]
             if call.integer:
                 return no_view(_integer(call, inputs, x_quantized, quantized[0]))
             x_hat = call.x_hat(x, x_quantized, blend)
@@ -192,7 +199,7 @@ class QuantizedLayer(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:]
         n, count = call.inputs, len(weights)
         need_w, need_fields = needs[n : n + count], needs[n + count :]
-        with inside(), torch.autocast(device_type=grad.device.type, enabled=False):
+        with inside(), no_autocast(grad.device.type):
             x_hat = call.x_hat(inputs[0], x_quantized, blend)
             w_hats = [call.w_hat(i, w, quantized[i], blend) for i, w in enumerate(weights)]  # type: ignore[arg-type]
             slots = (call.x, *call.weights)
@@ -210,7 +217,7 @@ class QuantizedLayer(torch.autograd.Function):
                     w_hats,
                     wanted,
                 )
-            found = []
+            found: list[tuple[Tensor | None, ...]] = []
             latents = (inputs[0], *weights)
             dtypes = (ctx.x_dtype, *(w.dtype for w in weights))  # type: ignore[union-attr]
             fields = (x_quantized, *quantized)
@@ -223,7 +230,7 @@ class QuantizedLayer(torch.autograd.Function):
                     found.append((d.to(dtypes[i]) if own[i] else None, None, None, None))
                 else:
                     wants = (own[i], *field_needs[i])
-                    found.append(slot.pull(d, latents[i], fields[i][1:], blend, wants, dtypes[i]))  # type: ignore[arg-type]
+                    found.append(slot.pull(d, latents[i], fields[i][1:], blend, wants, dtypes[i]))
         dothers = [None if d is None else d.to(t.dtype) for d, t in zip(dinputs[1:], inputs[1:], strict=True)]  # type: ignore[union-attr]
         dfields = [d for grads in found for d in (None, *grads[1:])]
         return (None, None, found[0][0], *dothers, *(grads[0] for grads in found[1:]), *dfields)

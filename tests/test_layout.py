@@ -82,7 +82,7 @@ def test_versions_agree() -> None:
     assert "torch==2.13.0\n" in constraints
     extras = PROJECT["project"]["optional-dependencies"]
     wanted = [*PROJECT["project"]["dependencies"], *(r for e, rs in extras.items() for r in rs)]
-    for extra in ("gpu", "deepspeed"):
+    for extra in ("gpu", "deepspeed", "bench"):
         wanted = [requirement for requirement in wanted if requirement not in extras[extra]]
     names = {re.split(r"[\[<>=!]", requirement)[0].lower().replace("_", "-") for requirement in wanted}
     assert names - {"lightning-qat"} <= pinned, f"no tested version of {names - pinned} in constraints.txt"
@@ -92,4 +92,4 @@ def test_extra_all_holds_every_extra_for_any_machine() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     (everything,) = extras["all"]
     named = set(everything.removeprefix("lightning-qat[").removesuffix("]").split(","))
-    assert named == set(extras) - {"all", "dev", "gpu", "deepspeed"}
+    assert named == set(extras) - {"all", "dev", "gpu", "deepspeed", "bench"}

@@ -231,7 +231,8 @@ def _bounds(spec: QuantSpec) -> tuple[torch.dtype, float, float]:
 
 def absmax_fields(w_RK: Tensor, spec: QuantSpec) -> Fields:
     """The scale [R, G] or [1, 1] that spreads the grid over +-absmax of each group."""
-    return Fields(ranges.absmax_fields(*_grouping(w_RK, spec), 1.0 / _reach(spec), *_bounds(spec)))
+    rows, groups = _grouping(w_RK, spec)
+    return Fields(ranges.absmax_fields(rows, groups, 1.0 / _reach(spec), *_bounds(spec)))
 
 
 def minmax_fields(w_RK: Tensor, spec: QuantSpec) -> Fields:
@@ -266,10 +267,10 @@ def fused_minmax(w_RK: Tensor, spec: QuantSpec, packed: bool) -> tuple[Tensor, F
         return None
     grid, groups = spec.grid, spec.groups(w_RK.shape[1])
     half, real = spec.scale_grid.name == "portable", spec.zero_point == "float"
-    codes, *found = dynamic.minmax(
+    codes, scale, second = dynamic.minmax(
         w_RK, groups, 1.0 / grid.steps, grid.qmin, grid.qmax, *_bounds(spec), half, real, packed, poison=True
     )
-    return codes, _asymmetric(*found, spec)
+    return codes, _asymmetric(scale, second, spec)
 
 
 def _asymmetric(scale: Tensor, second: Tensor, spec: QuantSpec) -> Fields:

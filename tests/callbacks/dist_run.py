@@ -181,8 +181,60 @@ def fsdp2_inside() -> None:
     done("fsdp2_inside", said=said, losses=mean_losses(module))
 
 
+def alive_after_forward(module: torch.nn.Module, x: Tensor) -> int:
+    """Bytes of the storages that autograd keeps and that are allocated when the forward is over, weights' included."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = module(x)
+    codes = [t for m in module.modules() if hasattr(m, "_qat") for e in m._qat.cache.entries.values() for t in e]
+    storages = [t.untyped_storage() for t in [*kept, *codes] if t is not None]
+    bytes_of = {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
+    y.sum().backward()
+    return sum(bytes_of.values())
+
+
+def sharded_run(quantizer: str | None, code_cache: bool) -> tuple[int, list[Tensor]]:
+    """(bytes alive after a forward, the gathered weights after 20 optimizer steps of 8 micro-batches)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(*(torch.nn.Linear(128, 128) for _ in range(4)))
+    if quantizer is not None:
+        weight = {"bits": 4, "granularity": "group", "group_size": 32, "quantizer": quantizer}
+        everywhere = qat.recipes.from_dict({"name": "s", "rules": {"all": {"weight": weight}}})
+        qat.prepare(module, everywhere, code_cache=code_cache)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in [m for m in module if isinstance(m, torch.nn.Linear)]:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh)
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-3)
+    g = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(20):
+        for _ in range(8):
+            module(torch.randn(4, 128, generator=g)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if quantizer is not None:
+            qat.after_optimizer_step(module, optimizer)
+    return alive_after_forward(module, torch.randn(4, 128)), [full(p).clone() for p in module.parameters()]
+
+
+def fsdp2_codes() -> None:
+    # a group that another case's trainer has left behind is used as it is
+    plain, _ = sharded_run(None, False)
+    found = {}
+    for quantizer in ("absmax", "lsq"):
+        alive, weights = sharded_run(quantizer, True)
+        _, again = sharded_run(quantizer, False)
+        found[quantizer] = alive - plain
+        assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
+    done("fsdp2_codes", extra=found)
+
+
 for case in CASES:
-    {"ddp": ddp, "fsdp2": fsdp2, "fsdp2_resume": fsdp2_resume, "fsdp2_inside": fsdp2_inside}[case]()
+    run = {"ddp": ddp, "fsdp2": fsdp2, "fsdp2_resume": fsdp2_resume, "fsdp2_inside": fsdp2_inside}
+    (run | {"fsdp2_codes": fsdp2_codes})[case]()
 
 # All is written. Leave without the interpreter's shutdown, in which gloo's threads may still be running: on a busy
 # machine that ended a finished rank with "terminate called without an active exception".

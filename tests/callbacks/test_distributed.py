@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qat.callbacks import QATCallback
 
-CASES = ("ddp", "fsdp2", "fsdp2_resume", "fsdp2_inside")
+TRAINED = ("ddp", "fsdp2", "fsdp2_resume", "fsdp2_inside")
+CASES = (*TRAINED, "fsdp2_codes")
 ROOT = Path(__file__).parents[2]
 EMA_INPUT = {"bits": 8, "granularity": "tensor", "quantizer": "ema", "zero_point": "int"}
 pytestmark = pytest.mark.slow
@@ -49,11 +50,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 # Inside the processes: weights and scales are equal on all ranks, DDP has its default flags, the gathered integers are
 # those of one process that reads the checkpoint, a resumed run equals the uninterrupted one.
 # mutation: no all_reduce in qat.steps.after_optimizer_step -> "ddp" and "fsdp2" are red (ranges differ);
-# mutation: return y instead of _KeepInGraph in qat.layers._forward -> "ddp" is red (unused parameters);
+# mutation: return y in qat.layers._kept_in_graph -> "ddp" is red (unused parameters);
 # mutation: no padding in QATState.get_extra_state -> "fsdp2_resume" is red (size of the record)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", TRAINED)
 def test_two_processes_train_as_one(found: dict[str, Any], alone: list[float], case: str) -> None:
     # reduction order differs; a code may flip at a tie, so the tolerance is not the last bit
     torch.testing.assert_close(torch.tensor(found[case]["losses"]), torch.tensor(alone), rtol=2e-3, atol=2e-3)
@@ -68,3 +69,11 @@ def test_gathered_integers(found: dict[str, Any], case: str) -> None:
 def test_sharded_before_prepared_is_refused_in_words(found: dict[str, Any]) -> None:
     said = found["fsdp2_inside"]["said"]
     assert said == "net.a is already sharded; call qat.prepare(model, recipe) in configure_model before fully_shard"
+
+
+def test_sharded_weights_leave_nothing_of_their_size_behind(found: dict[str, Any]) -> None:
+    """Bytes alive after a forward beyond the float model's, of 4 layers of 128 x 128 in groups of 32: nothing for a
+    dynamic scale, the learned fp32 scales (before and after rounding) otherwise. Mutation: `owns` always true."""
+    scales = 4 * 128 * (128 // 32) * 4
+    assert found["fsdp2_codes"]["extra"]["absmax"] == 0
+    assert 0 <= found["fsdp2_codes"]["extra"]["lsq"] <= 3 * scales

@@ -32,7 +32,9 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(generator, "README", tmp_path / "README.md")
     monkeypatch.setattr(generator, "RESULTS", tmp_path / "demo.json")
     monkeypatch.setattr(generator, "PICTURE", tmp_path / "results.svg")
-    (tmp_path / "README.md").write_text(f"before\n{generator.START}\nold 7\n{generator.END}\nafter\n")
+    monkeypatch.setattr(generator, "SPEED", tmp_path / "cpu.json")
+    second = f"{generator.SPEED_START}\nold 8\n{generator.SPEED_END}"
+    (tmp_path / "README.md").write_text(f"before\n{generator.START}\nold 7\n{generator.END}\n{second}\nafter\n")
     (tmp_path / "demo.json").write_text(json.dumps(RESULTS))
     return tmp_path
 
@@ -40,13 +42,16 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_readme_is_what_the_results_file_says() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == generator.replaced(readme, generator.block(generator.RESULTS)), "run `make docs`"
+    second = generator.speed_block(generator.SPEED)
+    assert readme == generator.replaced(readme, second, generator.SPEED_START, generator.SPEED_END), "run `make docs`"
     assert generator.RESULTS.is_file() == generator.PICTURE.is_file()
 
 
 def test_readme_has_no_figures_of_its_own() -> None:
     """Outside the markers and the code there is no decimal number and no percentage."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    around = readme[: readme.index(generator.START)] + readme[readme.index(generator.END) :]
+    between = readme[readme.index(generator.END) : readme.index(generator.SPEED_START)]
+    around = readme[: readme.index(generator.START)] + between + readme[readme.index(generator.SPEED_END) :]
     prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", around, flags=re.DOTALL)
     assert re.findall(r"\d+\.\d+(?!\.\d)|\d+ ?%", prose.replace("Apache-2.0", "")) == []
 
@@ -68,6 +73,24 @@ def test_writes_table_and_picture(tree: Path) -> None:
     assert (tree / "results.svg").read_bytes() == picture
 
 
+def test_writes_the_second_table(tree: Path) -> None:
+    """A line for each case, both metrics in a cell, nothing where one is missing. Mutation: `read` without `suite`."""
+
+    def row(tool: str, metric: str, value: object) -> dict[str, object]:
+        fields = {"suite": "cpu", "case": "block", "tool": tool, "metric": metric, "value": value}
+        return {**fields, "goal": 1.1, "better": "lower"}
+
+    rows = [row("float", "time_ratio", 1.0), row("float", "alive_bytes", 1 << 20), row("other", "missing", "absent")]
+    rows += [row("qat", "time_ratio", 1.054), row("qat", "alive_bytes", 3 << 19), row("half", "time_ratio", 2.0)]
+    (tree / "cpu.json").write_text(json.dumps({"environment": {"threads": 1}, "rows": rows}))
+    assert generator.main([]) == 0
+    readme = (tree / "README.md").read_text(encoding="utf-8")
+    assert "| case | float | qat | half |" in readme and "old 8" not in readme
+    assert "| block | 1.00, 1.0 MiB | 1.05, 1.5 MiB |  |" in readme
+    assert "with threads 1." in readme
+    assert generator.main(["--check"]) == 0
+
+
 def test_means_say_of_how_many_seeds() -> None:
     assert generator.source({"seeds": "0 1 2"}) == "Mean of 3 seeds, measured by `python benchmarks/demo_seeds.py`"
     assert generator.source({"seeds": "4"}).startswith("Mean of 1 seed, ")
@@ -77,7 +100,8 @@ def test_means_say_of_how_many_seeds() -> None:
 def test_without_results_it_says_how_to_get_them(tree: Path) -> None:
     (tree / "demo.json").unlink()
     assert generator.main([]) == 0
-    assert "make demo" in (tree / "README.md").read_text(encoding="utf-8")
+    readme = (tree / "README.md").read_text(encoding="utf-8")
+    assert "make demo" in readme and "make bench-cpu" in readme
     assert not (tree / "results.svg").exists()
 
 

@@ -7,6 +7,11 @@ Mutations of `fake_quant_kernels/affine.py` that were tried, and the test that t
     upper bound hi - z -> hi - z - 1              test_equals_numpy, test_equals_torch_fake_quantize
     ds without `- value` inside                   test_gradients_are_those_of_torch_learnable_fake_quantize
     inside: >= low -> > low                       test_gradients_on_the_bounds_count_as_inside
+    part: a chunk's rows of the scale -> all      test_chunks_change_nothing
+    sub_(128.0) left out (uint8 above 127)        test_equals_numpy, test_codes_and_their_types
+    nan_to_num_ left out of encode                test_a_nan_has_the_code_of_zero
+    packed: halves swapped                        test_packed_codes_are_the_codes
+    poisoned: infinities not replaced             test_poisoned
 """
 
 from __future__ import annotations
@@ -18,7 +23,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qat.fake_quant_kernels.affine import decode, encode, fake_quantize
+from qat.errors import QATError
+from qat.fake_quant_kernels import rows as rows_module
+from qat.fake_quant_kernels.affine import affine_fake, decode, encode, fake_quantize, poisoned, vjp
+from qat.fake_quant_kernels.affine_decode import affine_decode
+from qat.fake_quant_kernels.affine_encode import affine_encode
+from qat.fake_quant_kernels.affine_vjp import affine_vjp
 
 RANGES = [(-8, 7), (-7, 7), (0, 15), (-128, 127), (0, 255), (-1, 0), (0, 1), (-2, 1)]
 KINDS = ["none", "int", "float"]
@@ -82,8 +92,8 @@ def test_the_reciprocal_is_taken_once_per_scale() -> None:
     s = torch.linspace(0.003, 0.2, 64).unsqueeze(1)
     w = (torch.arange(0, 127, dtype=torch.float32) + 0.5).reshape(1, -1) * s
     codes = encode(w, s, None, None, -128, 127)
-    assert torch.equal(codes, torch.round(w * (1.0 / s)))
-    assert not torch.equal(codes, torch.round(w / s)), "the sample no longer tells the two apart"
+    assert torch.equal(codes.float(), torch.round(w * (1.0 / s)))
+    assert not torch.equal(codes.float(), torch.round(w / s)), "the sample no longer tells the two apart"
 
 
 @pytest.mark.parametrize("zero", [False, True])
@@ -176,3 +186,145 @@ def test_codes_stay_within_the_grid(values: list[float], scale: float, bounds: t
         codes = encode(w, s, each, None, lo, hi)
         assert bool(((codes >= lo) & (codes <= hi) & (codes == codes.round())).all())
         assert bool(torch.isfinite(decode(codes, s, each, None)).all())
+
+
+@pytest.mark.parametrize(("lo", "hi"), RANGES)
+def test_codes_and_their_types(lo: int, hi: int) -> None:
+    """int8 where there are negative codes, else uint8, at both ends of the grid; from weights of any float dtype."""
+    w = torch.tensor([[-1e9, lo, 0.0, hi, 1e9]])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        codes = encode(w.to(dtype), torch.ones(1, 1), None, None, lo, hi)
+        assert codes.dtype == (torch.int8 if lo < 0 else torch.uint8)
+        assert codes.tolist() == [[lo, lo, 0, hi, hi]]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = decode(codes, torch.full((1, 1), 0.5), None, torch.ones(1, 1), dtype)
+        expected = torch.tensor([[lo / 2 + 1, lo / 2 + 1, 1.0, hi / 2 + 1, hi / 2 + 1]]).to(dtype)
+        assert found.dtype == dtype and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("groups", [0, 1, 3])
+def test_packed_codes_are_the_codes(groups: int, kind: str) -> None:
+    for lo, hi in ((-8, 7), (0, 15), (-2, 1)):
+        w, *found = fields(kind, groups, lo, hi, 2)
+        codes, packed = encode(w, *found, lo, hi), encode(w, *found, lo, hi, True)
+        half = [[(int(a) % 16) + 16 * (int(b) % 16) for a, b in zip(r[:12], r[12:], strict=True)] for r in codes]
+        assert packed.dtype == torch.uint8 and packed.tolist() == half
+        for dtype in (torch.float32, torch.bfloat16):
+            both = [decode(packed, *found, dtype, True, lo < 0), decode(codes, *found, dtype)]
+            assert torch.equal(*both) and torch.equal(decode(codes.float(), *found, dtype), both[1])
+    with pytest.raises(QATError, match="even number of columns"):
+        encode(w[:, :23], torch.ones(5, 1), None, None, -8, 7, True)
+
+
+def test_a_nan_has_the_code_of_zero() -> None:
+    w = torch.tensor([[float("nan"), float("inf"), float("-inf"), 1.0] * 9])
+    for scale in (1.0, float("nan")):
+        s = torch.full((1, 1), scale)
+        ends = [7, -8, 1] if scale == 1.0 else [0, 0, 0]
+        assert encode(w, s, None, None, -8, 7).tolist() == [[0, *ends] * 9]
+        shifted = [7, -8, 4] if scale == 1.0 else [3, 3, 3]
+        assert encode(w, s, torch.full((1, 1), 3.0), None, -8, 7).tolist() == [[3, *shifted] * 9]
+        assert bool(torch.isnan(fake_quantize(w, s, None, None, -8, 7)[0, ::4]).all())
+        # a scale that was poisoned shows in every number
+        assert bool(torch.isnan(decode(encode(w, s, None, None, -8, 7), s, None, None)).all()) == (scale != scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("groups", [0, 1, 3])
+def test_chunks_change_nothing(groups: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in chunks of two, the last of one, give what all rows at once give."""
+
+    def everything() -> list[Tensor]:
+        w, s, z, m = fields(kind, groups, -8, 7, 4)
+        g = torch.randn(w.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        w, s = w.to(dtype), s / 3
+        codes, packed = encode(w, s, z, m, -8, 7), encode(w, s, z, m, -8, 7, True)
+        numbers = [decode(codes, s, z, m), decode(packed, s, z, m, dtype, True)]
+        grads = vjp(g, w, s, z, m, -8, 7, False, True, True, True, True)
+        return [codes, packed, *numbers, fake_quantize(w, s, z, m, -8, 7), *(t for t in grads if t is not None)]
+
+    whole = everything()
+    monkeypatch.setattr(rows_module, "_CHUNK", 60)
+    assert len(rows_module.chunks(torch.empty(5, 24), 0)) == 3
+    for one, other in zip(whole, everything(), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        if groups or one.numel() > 1:
+            assert torch.equal(one, other)
+        else:
+            # one scale: the chunks' sums are added up in another order
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("groups", [0, 1, 3])
+def test_sums_are_within_ulps_of_those_in_double(groups: int, kind: str) -> None:
+    """Terms of one ulp, 24 or 120 of them: 16 ulps of the sum of magnitudes. Mutation: rint left out of ds -> red."""
+    w, s, z, m = fields(kind, groups, -8, 7, 6)
+    s, g = s / 3, torch.randn_like(w)
+    found = vjp(g, w, s, z, m, -8, 7, False, True, True, True, True)
+    wide = [None if t is None else t.double() for t in (g, w, s, z, m)]
+    exact = vjp(*wide, -8, 7, False, True, True, True, True)
+    # terms are at most |g| * 8 (ds) or |g| * s
+    magnitude = float(g.abs().sum()) * 8 * max(1.0, float(s.max()))
+    assert torch.equal(found[0].double(), exact[0]) and sum(t is not None for t in found) == 2 + (kind != "none")
+    for ours, double in zip(found[1:], exact[1:], strict=True):
+        assert (ours is None) == (double is None)
+        if ours is not None and double is not None:
+            assert ours.dtype == torch.float32 and ours.shape == s.shape
+            assert float((ours.double() - double).abs().max()) <= 16 * 2.0**-23 * magnitude
+
+
+def test_identity_returns_the_gradient_itself() -> None:
+    w, s, z, m = fields("none", 1, -8, 7, 1)
+    g = torch.randn_like(w)
+    found = vjp(g, w, s, z, m, -8, 7, True, True, False, False, False)
+    assert found[0] is g and found[1:] == (None, None, None)
+    with_scale = vjp(g, w, s, z, m, -8, 7, True, True, True, True, True)
+    assert with_scale[0] is g and with_scale[1] is not None and with_scale[2:] == (None, None)
+
+
+def test_poisoned() -> None:
+    s, w = torch.rand(2, 3), torch.randn(2, 6)
+    w[0, 0], w[1, 1] = float("inf"), float("-inf")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(poisoned(s, w.to(dtype)), s)
+    assert torch.equal(poisoned(s, w[:0]), s)
+    w[0, 3] = float("nan")
+    assert bool(torch.isnan(poisoned(s, w)).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operators(kind: str) -> None:
+    """Schema, shapes of the fake results, no aliases: what torch.compile relies on where the operators are opaque."""
+    w, *found = fields(kind, 2, -8, 7, 1)
+    for packed in (False, True):
+        codes = affine_encode(w, *found, -8, 7, packed)
+        torch.library.opcheck(affine_encode.custom, (w, *found, -8, 7, packed))
+        torch.library.opcheck(affine_decode.custom, (codes, *found, torch.bfloat16, packed, True))
+    torch.library.opcheck(affine_fake.custom, (w, *found, -8, 7))
+    for needs in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(affine_vjp.custom, (w.clone(), w, *found, -8, 7, *needs))
+
+
+def test_compiled_equals_eager() -> None:
+    """Mutation: one of two roundings dropped by the compiler would show as other codes."""
+    w, s, z, _ = fields("int", 3, -8, 7, 8)
+
+    def everything(w: Tensor, s: Tensor, z: Tensor) -> list[Tensor]:
+        codes, packed = encode(w, s, z, None, -8, 7), encode(w, s, z, None, -8, 7, True)
+        dw, *_ = vjp(w, w, s, z, None, -8, 7, False, True, False, False, False)
+        assert dw is not None
+        return [
+            codes,
+            packed,
+            decode(packed, s, z, None, torch.bfloat16, True),
+            fake_quantize(w, s, z, None, -8, 7),
+            dw,
+        ]
+
+    w = w.bfloat16()
+    compiled = torch.compile(everything, fullgraph=True)(w, s, z)
+    for a, b in zip(everything(w, s, z), compiled, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)

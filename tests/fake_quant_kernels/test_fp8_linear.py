@@ -2,12 +2,11 @@
 
 Mutations of `fake_quant_kernels/fp8_linear.py` that were tried, and the test that turned red for each:
 
-    codes decoded to bf16 sums (@ in bf16)               test_within_the_bound
+    the matmul in bf16                                   test_within_the_bound
     (acc * w_scale) * x_scale                            test_epilogue_bits
-    the bias added twice, or before the scales           test_epilogue_bits
     y.to(bf16).to(dtype)                                 test_epilogue_bits
     row_wise without .t() on the weight                  test_scaled_mm_takes_it
-    torch._scaled_mm on a CPU                            test_never_scaled_mm_on_a_cpu
+    capability 8.6 is enough                             test_reasons
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scaled_mm_takes_it() -> None:
-    """torch._scaled_mm accepts the layouts, dtypes and scales that `row_wise` hands over: checked on fake CUDA tensors."""
+    """torch._scaled_mm accepts the layouts, dtypes and scales of `row_wise`: checked on fake CUDA tensors."""
     with torch._subclasses.FakeTensorMode():
         x, w = (torch.empty(n, 64, dtype=E4M3, device="cuda") for n in (48, 80))
         y = row_wise(x, torch.empty(48, 1, device="cuda"), w, torch.empty(80, 1, device="cuda"))
@@ -110,7 +109,7 @@ def test_scaled_mm_takes_it() -> None:
 
 
 def test_never_scaled_mm_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would take a minute. Mutation: call it in the reference -> red."""
+    """It would take a minute."""
 
     def refused(*args: Any, **kwargs: Any) -> Tensor:
         raise AssertionError("torch._scaled_mm on a CPU")

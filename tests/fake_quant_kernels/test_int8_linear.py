@@ -6,8 +6,7 @@ Mutations of `fake_quant_kernels/int8_linear.py` that were tried, and the test t
     _PIECE = 2048                                        test_sums_are_exact[pieces]
     pieces summed in fp32, not int32                     test_sums_are_exact[pieces]
     (acc * w_scale) * x_scale                            test_epilogue_bits
-    bias before the scales                               test_epilogue_bits
-    acc + zero * sums                                    test_zero_points, test_unsigned_codes
+    acc + zero * sums                                    test_zero_points
     x_zero - 127.0 for unsigned codes                    test_unsigned_codes
     LONGEST = 131072                                     test_longest_sum
     `_row` left out, K = 1 given to torch._int_mm        test_strides_of_single_rows
@@ -38,6 +37,9 @@ def codes(tokens: int, inputs: int, outputs: int, kind: str = "random") -> tuple
     g = torch.Generator().manual_seed(tokens + inputs + outputs)
     x = torch.randint(-128, 128, (tokens, inputs), generator=g, dtype=torch.int8)
     w = torch.randint(-128, 128, (outputs, inputs), generator=g, dtype=torch.int8)
+    if kind == "large odd":
+        # sums far beyond 2^24 that are no multiples of a power of two
+        x, w = x.abs().clamp(101, 127), w.abs().clamp(101, 127)
     values = {"lowest": (-128, -128), "mixed": (127, -128), "highest": (127, 127)}
     if kind in values:
         x.fill_(values[kind][0])
@@ -57,7 +59,7 @@ def test_sums_are_exact(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "pieces":
         monkeypatch.setattr(module, "int_mm_is_exact", lambda: False)
     for size in SIZES:
-        for kind in ("random", "lowest", "mixed", "highest"):
+        for kind in ("random", "lowest", "mixed", "highest", "large odd"):
             x, w = codes(*size, kind)
             found = accumulate(x, w)
             assert found.dtype == torch.int32
@@ -68,7 +70,7 @@ def test_sums_are_exact(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_strides_of_single_rows() -> None:
-    """torch._int_mm steps by the stride of a dimension of size 1. Mutation: without `_row`, or K = 1 given to it -> red."""
+    """torch._int_mm steps by the stride of a dimension of size 1. Mutation: without `_row`, or with K = 1 -> red."""
     for tokens, inputs, outputs in ((1, 64, 5), (5, 64, 1), (1, 64, 1), (5, 1, 7), (1, 1, 33)):
         x, w = codes(tokens, inputs, outputs)
         wanted = x.long() @ w.long().t()

@@ -1,14 +1,14 @@
-"""The search over candidate scales against the plain formula: one full pass over the weight per candidate, torch's sums.
+"""The search over candidate scales against the plain formula: one pass over the weight for each candidate.
 
-Mutations of `fake_quant_kernels/mse_search.py` that were tried, and the test that turned red for each:
+Mutations of `fake_quant_kernels/mse_search.py` that were tried, and the first test that turned red for each:
 
-    _chosen: the last of equal errors                  test_ties_go_to_the_widest_range
+    _chosen: the last of equal errors                  test_chooses_what_the_plain_formula_chooses
     _errors: bounds lo, hi with a zero point           test_chooses_what_the_plain_formula_chooses
     _errors: .add_(offset) left out                    test_chooses_what_the_plain_formula_chooses
-    _errors: the tail `rest` left out                  test_error_sums_are_the_tree_of_neighbours
-    _steps: halves instead of neighbours               test_error_sums_are_the_tree_of_neighbours
+    _errors: the tail `rest` left out                  test_chooses_what_the_plain_formula_chooses
+    _steps: halves instead of neighbours               test_chooses_what_the_plain_formula_chooses
     _reference: pieces added one after the other       test_error_sums_are_the_tree_of_neighbours
-    _reference: importance of group `first` for all    test_importance
+    _reference: importance of group 0 for all          test_importance
     _chosen: NaN not taken for infinite                test_not_finite_groups_keep_the_whole_range
 """
 
@@ -129,7 +129,9 @@ def test_chooses_what_the_plain_formula_chooses(record_property: Any) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 31, 33, 63, 1000, 1023, 1 << 14])
 def test_sizes(size: int) -> None:
-    for zero, spec in ((z, QuantSpec(4, signed=False, zero_point=z, quantizer="mse")) for z in ("none", "int", "float")):
+    for zero, spec in (
+        (z, QuantSpec(4, signed=False, zero_point=z, quantizer="mse")) for z in ("none", "int", "float")
+    ):
         w = torch.randn(3, size, generator=torch.Generator().manual_seed(size))
         assert_fields(search(w, spec), plain_search(blocks_of(w, spec), spec), f"{size} {zero}")
 
@@ -142,9 +144,7 @@ def test_nearly_all_choices_are_the_plain_ones_and_all_are_as_good(record_proper
     found, wanted = search(w, spec), plain_search(blocks, spec)
     different = int((found.scale != wanted.scale).sum())
     assert different <= found.scale.numel() * 1e-3
-    mine, theirs = (
-        plain_errors(blocks, fields, spec).double().sum(-1) for fields in (found, wanted)
-    )
+    mine, theirs = (plain_errors(blocks, fields, spec).double().sum(-1) for fields in (found, wanted))
     assert bool((mine <= theirs * (1 + 2 * (5 + 3) * 2.0**-24)).all())
     record_property("cases", f"{different} of {found.scale.numel()} groups differ")
 
@@ -216,6 +216,8 @@ def test_not_finite_groups_keep_the_whole_range() -> None:
         found, wanted = search(w, spec), plain_search(blocks_of(w.nan_to_num(0.0, 0.0), spec), spec)
         assert float(found.scale[0, 0]) == float(found.scale[1, 1]) == spec.scale_grid.largest
         assert all(t is None or bool(torch.isfinite(t).all()) for t in found)
+        error = mse_search.search.reference(w, *arguments(spec, 2))[2]
+        assert torch.equal(error.isinf(), torch.tensor([[True, False], [False, True], [False, False]]))
         for at in ((0, 1), (1, 0), (2, 0), (2, 1)):
             assert all(a is None or b is None or a[at] == b[at] for a, b in zip(found, wanted, strict=True))
 

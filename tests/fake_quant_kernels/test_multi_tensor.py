@@ -1,4 +1,4 @@
-"""Many weights at once on a CPU, what is refused, and the plan of launches (the kernel: interpreted/check_multi_tensor.py).
+"""Many weights at once on a CPU, what is refused, and the plan of launches; interpreted/ has the kernel.
 
 Mutations of `fake_quant_kernels/multi_tensor.py` that were tried, and the test that turned red for each:
 

@@ -240,7 +240,10 @@ def test_copies_and_pickles_bring_no_codes(recipe: Any) -> None:
         assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize(("budget", "kept"), [(True, "abc"), (False, ""), (0, ""), (1, "a"), (10**9, "abc"), (400, "ab")])
+BUDGETS = [(True, "abc"), (False, ""), (0, ""), (1, "a"), (10**9, "abc"), (400, "ab")]
+
+
+@pytest.mark.parametrize(("budget", "kept"), BUDGETS)
 def test_a_budget_of_bytes(budget: bool | int, kept: str, recipe: Any) -> None:
     """Layers get codes in order until the budget is used up. a and b: 384 / 2 bytes of codes, 48 scales of 4 bytes."""
     model = net(recipe, "absmax", code_cache=budget)

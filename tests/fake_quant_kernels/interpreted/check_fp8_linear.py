@@ -2,8 +2,8 @@
 
 The interpreter decodes e4m3's NaN as 480, so codes are finite here.
 
-Mutations of the kernel that were tried, all red here: the mask of K left out; the scales in the other order; XS or WS
-always 1; the bias left out; sums started again with each tile of K.
+Mutations of the kernel that were tried, all red here: the masks of K left out; XS or WS always 1; the bias left out;
+sums started again with each tile of K.
 """
 
 from __future__ import annotations

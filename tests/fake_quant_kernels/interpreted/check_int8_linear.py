@@ -1,7 +1,7 @@
 """The int8 matmul's kernel equals its reference bit for bit: sums are integers, and the epilogue's order is one.
 
-Mutations of the kernel that were tried, all red here: the mask of K left out; `rows % T` left out of the program order;
-the scales in the other order; XS, WS or ZS always 1; `acc + z * sums`; columns beyond the matrix stored.
+Mutations of the kernel that were tried, all red here: the masks of K left out; the last turn of the order taken as
+full; the scales in the other order; XS, WS or ZS always 1; `acc + z * sums`; columns beyond the matrix stored.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The interpreter decodes bf16's subnormal numbers wrongly: they are zero here.
 
-Mutations of the kernel that were tried, all red here: `bits >> 7`; a quarter's mask left out; c1 taken as the row within
-the program; NaN not counted as infinity; FS always 1; the random bits of two quarters swapped.
+Mutations of the kernel that were tried, all red here: `bits >> 7`; a quarter's mask left out; c1 taken as the row
+within the program; NaN not counted as infinity; FS always 1; the random bits of two quarters swapped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SEED = torch.tensor(-(2**62) + 12345)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [*SIZES, 2, 3, 5, 64, 4096])
+@pytest.mark.parametrize("size", [*SIZES, 5, 64, 4096])
 def test_families(size: int, dtype: torch.dtype) -> None:
     for name, g in families((3, size), dtype, seed=size, largest=127, not_finite=True).items():
         if dtype == torch.bfloat16:
