@@ -45,13 +45,13 @@ import os
 import pkgutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 from benchmarks.common import RESULTS, Row, environment, row, save
-from benchmarks.machine_code import LLVM, WIDE, narrow, read_cuda, read_hip
+from benchmarks.machine_code import LLVM, WIDE, Assembled, assembled, narrow, read_cuda, read_hip
 from qat import fake_quant_kernels
 from qat.fake_quant_kernels.dispatch import AotCase, Kernel
 
@@ -157,19 +157,33 @@ class Found:
         ]
 
 
-def judge(title: str, case: AotCase, target: str, fusion: bool = False) -> Found:
-    """Compiles, reads and judges one case on one target."""
-    found = Found(title, target)
-    try:
-        kernel = compiled(case, target, fusion)
-        backend, arch, _ = TARGETS[target]
-        code = LLVM(kernel.asm["llir"], [name for name in case.kernel.jitted().arg_names if name in case.signature])
-        values = read_cuda(kernel, int(arch), fusion, code.count()) if backend == "cuda" else read_hip(kernel)
-        moved = code.accesses()
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        found.failures.append(f"{title} on {target}: does not compile: {type(error).__name__}: {lines[-1][:300]}")
-        return found
+def judge(titled: list[tuple[str, AotCase]], target: str, fusion: bool = False) -> list[Found]:
+    """Compiles, reads and judges cases, each with its title, on one target."""
+    backend, arch, _ = TARGETS[target]
+    found, kernels = [Found(title, target) for title, _ in titled], []
+    for one, (_, case) in zip(found, titled, strict=True):
+        try:
+            kernels.append((one, case, compiled(case, target, fusion)))
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            reason = f"{type(error).__name__}: {lines[-1][:300]}"
+            one.failures.append(f"{one.case} on {target}: does not compile: {reason}")
+    parts: list[Any] = [None] * len(kernels)
+    if backend == "cuda" and kernels:
+        ptx, names = zip(*((kernel.asm["ptx"], kernel.metadata.name) for _, _, kernel in kernels), strict=True)
+        parts = assembled(list(ptx), list(names), int(arch), fusion)
+    for (one, case, kernel), part in zip(kernels, parts, strict=True):
+        _judge(one, case, kernel, part)
+    return found
+
+
+def _judge(found: Found, case: AotCase, kernel: Any, part: Assembled | None) -> None:
+    """Fills `found` with what is read from the kernel; `part` is None on AMD."""
+    title, target = found.case, found.target
+    backend = "hip" if part is None else "cuda"
+    code = LLVM(kernel.asm["llir"], [name for name in case.kernel.jitted().arg_names if name in case.signature])
+    values = read_hip(kernel) if part is None else read_cuda(kernel, part, code.count())
+    moved = code.accesses()
     small = narrow(moved, case.signature, case.matmul, NARROWEST[backend])
     if case.aligned is not None:
         free = {*case.signature} - {*case.aligned}
@@ -191,20 +205,18 @@ def judge(title: str, case: AotCase, target: str, fusion: bool = False) -> Found
                 detail = f" ({'; '.join(f'{n}: bytes {dict(a.widths)}' for n, a in small.items())})"
             bound = f"at least {goal}" if more else f"at most {goal}"
             found.failures.append(f"{title} on {target}: {name} {values[name]}, wanted {bound}{detail}")
-    return found
 
 
-def gate(chosen: Iterable[ModuleType], targets: Iterable[str], first: Iterable[str] = ()) -> Iterator[Found]:
+def gate(chosen: Iterable[ModuleType], targets: Collection[str], first: Collection[str] = ()) -> Iterator[Found]:
     """Every case of the modules on `targets`, and each module's first case on the targets `first`."""
     for module in chosen:
         short = module.__name__.rpartition(".")[2]
         missing = without_case(module)
         if missing:
             yield Found(short, "", failures=[f"{short}: no AotCase compiles {', '.join(missing)}"])
-        for index, case in enumerate(cases(module)):
-            for target in dict.fromkeys([*targets, *([] if index else first)]):
-                if runs_on(case, target):
-                    yield judge(f"{short}: {case.name}", case, target)
+        for target in dict.fromkeys([*targets, *first]):
+            chosen_cases = cases(module)[: None if target in targets else 1]
+            yield from judge([(f"{short}: {c.name}", c) for c in chosen_cases if runs_on(c, target)], target)
 
 
 def main(arguments: list[str] | None = None) -> int:

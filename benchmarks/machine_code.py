@@ -167,35 +167,50 @@ PTX_DIVISION = re.compile(r"\b(div)\.rn(\.f\d+)|\b(rcp|sqrt)\.rn(\.f\d+\s+(%\w+)
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]+)", re.M)
 
 
-def without_divisions(ptx: str, name: str) -> str:
-    """The kernel once more, called <name>_plain, with one addition or multiplication for each division."""
-    entry = re.search(r"^\.visible \.entry .*^\}", ptx, re.M | re.S)
-    assert entry is not None
-    body = re.sub(rf"\b{re.escape(name)}(?=\b|_param_)", f"{name}_plain", entry[0])
-    return PTX_DIVISION.sub(lambda found: f"mul.rn{found[2]}" if found[1] else f"add.rn{found[4]}, {found[6]};", body)
+@dataclass
+class Assembled:
+    """What the assembler said of a kernel, its instructions, and those of the kernel without divisions."""
+
+    remarks: str
+    own: list[str]
+    plain: list[str]
 
 
-def assembled(ptx: str, name: str, arch: int, fusion: bool) -> tuple[str, dict[str, list[str]]]:
-    """PTX of one kernel -> the assembler's remarks on it, and its instructions, by name: itself and <name>_plain.
+def assembled(ptx: list[str], names: list[str], arch: int, fusion: bool) -> list[Assembled]:
+    """PTX of kernels, called `names` there, through assembler and disassembler: both once, they take long to start.
 
-    The options are those that Triton gives the assembler.
+    The options are those that Triton gives the assembler, and line numbers for debuggers are left out.
     """
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
 
-    found = re.search(r"^\.target (\w+)", ptx, re.M)
-    assert found is not None
+    head: dict[str, None] = {}
+    entries = []
+    for index, (text, name) in enumerate(zip(ptx, names, strict=True)):
+        found = re.search(r"^\.visible \.entry .*^\}", text, re.M | re.S)
+        assert found is not None
+        head |= dict.fromkeys(line for line in text[: found.start()].splitlines() if line.startswith("."))
+        entry = re.sub(r"^\s*\.loc\s.*\n", "", found[0], flags=re.M)
+        for title in (f"own{index}", f"plain{index}"):
+            entries.append(re.sub(rf"\b{re.escape(name)}(?=\b|_param_)", title, entry))
+        entries[-1] = PTX_DIVISION.sub(_without_division, entries[-1])
+    (gpu,) = (line.split()[1].strip(",") for line in head if line.startswith(".target"))
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx + "\n" + without_divisions(ptx, name) + "\n", encoding="utf-8")
-        options = ["-v", "-lineinfo", *([] if fusion else ["--fmad=false"]), f"--gpu-name={found[1]}"]
+        source, cubin = Path(folder, "kernels.ptx"), Path(folder, "kernels.cubin")
+        source.write_text("\n".join([*head, *entries, ""]), encoding="utf-8")
+        options = ["-v", *([] if fusion else ["--fmad=false"]), f"--gpu-name={gpu}"]
         remarks = _run([get_ptxas(arch).path, *options, str(source), "-o", str(cubin)]).stderr
         listing = _run([knobs.nvidia.cuobjdump.path, "--dump-sass", str(cubin)]).stdout
     functions = re.split(r"^\s*Function : (\S+)$", listing, flags=re.M)
     code = {title: INSTRUCTION.findall(text) for title, text in zip(functions[1::2], functions[2::2], strict=True)}
     blocks = re.split(r"Compiling entry function '(\S+)'.*$", remarks, flags=re.M)
     about = dict(zip(blocks[1::2], blocks[2::2], strict=True))
-    return about[name], code
+    return [Assembled(about[f"own{i}"], code[f"own{i}"], code[f"plain{i}"]) for i in range(len(ptx))]
+
+
+def _without_division(found: re.Match[str]) -> str:
+    """One addition or multiplication in place of a division, reciprocal or square root of PTX."""
+    return f"mul.rn{found[2]}" if found[1] else f"add.rn{found[4]}, {found[6]};"
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -210,13 +225,11 @@ def _first(pattern: str, text: str) -> int:
     return int(found[1]) if found else 0
 
 
-def read_cuda(kernel: Any, arch: int, fusion: bool, count: int) -> dict[str, int]:
+def read_cuda(kernel: Any, code: Assembled, count: int) -> dict[str, int]:
     """Metrics of a kernel for NVIDIA; `count` accesses were found in its LLVM code."""
-    ptx, name = kernel.asm["ptx"], kernel.metadata.name
-    remarks, code = assembled(ptx, name, arch, fusion)
-    own = code[name]
+    ptx, own, remarks = kernel.asm["ptx"], code.own, code.remarks
     memory = [op for op in own if re.match(r"(LDG|STG|LDGSTS)\b", op)]
-    plain = sum(op.startswith(("FFMA", "DFMA")) for op in code[f"{name}_plain"])
+    plain = sum(op.startswith(("FFMA", "DFMA")) for op in code.plain)
     return {
         "registers": _first(r"Used (\d+) registers", remarks),
         "spill bytes": _first(r"(\d+) bytes spill stores", remarks) + _first(r"(\d+) bytes spill loads", remarks),

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._autograd import DeviceType
+from torch._subclasses import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
@@ -41,7 +42,13 @@ def storages() -> dict[int, int]:
     found: dict[int, int] = {}
     for thing in gc.get_objects():
         # type(), not isinstance(): lazy modules answer the latter by importing
-        if issubclass(type(thing), Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+        kind = type(thing)
+        if (
+            issubclass(kind, Tensor)
+            and not issubclass(kind, FakeTensor)
+            and thing.device.type == "cpu"
+            and thing.layout == torch.strided
+        ):
             found |= _storage(thing)
     return found
 
@@ -51,7 +58,7 @@ def _storage(tensor: Tensor) -> dict[int, int]:
         storage = tensor.untyped_storage()
         return {storage.data_ptr(): storage.nbytes()} if storage.nbytes() else {}
     except (RuntimeError, NotImplementedError):
-        # fake and functional tensors have none
+        # functional tensors have none
         return {}
 
 
@@ -79,7 +86,7 @@ def measure(variant: Variant, batch: Any, parts: int, kept: int) -> Memory:
     parts = min(parts, 2)
     with _recorded():
         # what is given back is only reported if it was taken under a recording
-        pass
+        variant.step(batch, parts)
     gc.collect()
     gc.disable()
     try:
