@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.fake_quant_kernels.blocks import TILE, dequantize_kernel, quantize_kernel, tile, vjp_kernel
+from qat.fake_quant_kernels.blocks import TILE, dequantize_kernel, quantize_kernel, vjp_kernel
 from qat.fake_quant_kernels.elements import FP32, Element, pack, unpack
 
 STORAGES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -94,7 +94,7 @@ def quantize(
     else:
         stored = scale.contiguous()
     longest = _LONGEST if scale is None else TILE
-    cut = tiles((rows, columns), (stored.shape[0], stored.shape[1]), packed, tile(element, packed), longest)
+    cut = tiles((rows, columns), (stored.shape[0], stored.shape[1]), packed, TILE, longest)
     if packed and (columns % 2 or cut is None or (scale is None and cut.chunks > 1)):
         rest = (kind, levels, tensor_scale, inv_peak, storage, smallest, largest)
         out, stored = quantize(w, element, scale, groups, True, dtype, False, *rest)

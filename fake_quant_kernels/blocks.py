@@ -29,6 +29,7 @@ from qat.fake_quant_kernels.elements import (
     element_code,
     element_number,
     float_value,
+    level_of,
     magnitude_bits,
     scale_value,
     stored_scale,
@@ -202,7 +203,7 @@ def dequantize_kernel(
         start, at = unit * size, unit
     for h in tl.static_range(HALVES):
         nibble = (code >> (4 * h)) & 15 if HALVES == 2 else code
-        u = tl.load(levels + nibble) if LEVELS > 0 else float_value(nibble, MANTISSA, LOWEST, SIGN)
+        u = level_of(nibble, levels, LEVELS) if LEVELS > 0 else float_value(nibble, MANTISSA, LOWEST, SIGN)
         s = scale_value(tl.load(stored + at + h * hop, live, other=1), tensor_scale, KIND)
         put(out + (start + first + h * half)[:, None] + cols[None, :], u * s[:, None], mask, EVEN)
 
@@ -254,11 +255,6 @@ def vjp_kernel(
         tl.store(ds + unit * chunks + pid % chunks, tl.sum(terms, 1), live)
 
 
-def tile(element: Element, packed: bool) -> int:
-    """Numbers of one tile; two halves and the midpoints of a long table would take too many registers."""
-    return TILE >> (packed and element.levels > 4)
-
-
 _INTEGERS = ("units", "size", "chunks", "per_row", "row_stride", "half", "scale_stride", "hop")
 
 
@@ -268,60 +264,30 @@ def cases(name: str, element: Element, packed: bool = False, kind: int = FP32) -
     size = 16 if kind >= E4M3_TIMES else 32
     pointers = {"stored": scales, "levels": "*fp32", "tensor_scale": "*fp32"}
     integers = dict.fromkeys(_INTEGERS, "i32")
-    # levels are gathered, 4 bytes for each number: the widths of such cases are reported, not judged
-    some = ("stored", "levels", "tensor_scale", "out", "units", "size", "row_stride", "half", "scale_stride", "hop")
     parts = element.constants()
+    place = {"EVEN": True, "NB": TILE // size, "BS": size}
     found = []
     for codes, dynamic, halves in ((0, 1, 1), (0, 0, 1), (1, 1, 1), (1, 1, 2))[: 3 + packed]:
         signature = {"w": "*bf16", **pointers, "out": "*u8" if codes else "*bf16", **integers}
         signature |= dict.fromkeys(("inv_peak", "smallest", "largest"), "fp32")
         constants = {"DYNAMIC": bool(dynamic), "LOOP": False, "CODES": bool(codes), "HALVES": halves, "SHARED": False}
-        constants |= {
-            "KIND": kind,
-            "STORAGE": 2,
-            **parts,
-            "EVEN": True,
-            "NB": tile(element, halves == 2) // size,
-            "BS": size,
-        }
+        constants |= {"KIND": kind, "STORAGE": 2, **parts, **place}
         title = f"{name}_{'encode' if codes else 'fake'}{'_dynamic' * dynamic}{'_packed' * (halves - 1)}"
-        found.append(
-            AotCase(title, quantize_kernel, signature, constants, aligned=("w", *some) if element.levels else None)
-        )
-    place = {"EVEN": True, "NB": TILE // size, "BS": size}
+        # two halves of a long table at once
+        most = 192 if halves == 2 and element.levels > 4 else 128
+        found.append(AotCase(title, quantize_kernel, signature, constants, max_registers=most))
     signature = {"codes": "*u8", **pointers, "out": "*bf16", **integers}
     constants = {"HALVES": 1, "KIND": kind, **parts, **place}
     del constants["TOP"]
-    found.append(
-        AotCase(
-            f"{name}_decode",
-            dequantize_kernel,
-            signature,
-            constants,
-            aligned=("codes", *some) if element.levels else None,
-        )
-    )
+    found.append(AotCase(f"{name}_decode", dequantize_kernel, signature, constants))
     if packed:
         constants = {**constants, "HALVES": 2}
-        name_ = f"{name}_decode_packed"
-        found.append(
-            AotCase(
-                name_, dequantize_kernel, signature, constants, aligned=("codes", *some) if element.levels else None
-            )
-        )
+        found.append(AotCase(f"{name}_decode_packed", dequantize_kernel, signature, constants))
     signature = {"grad": "*bf16", "w": "*bf16", **pointers, "dw": "*bf16", "ds": "*fp32"}
     signature |= {**dict.fromkeys(("units", "size", "chunks"), "i32"), "low": "fp32", "high": "fp32"}
     constants = {"NEED_W": True, "NEED_SCALE": True, "KIND": kind, **parts, **place}
     del constants["SIGN"]
-    found.append(
-        AotCase(
-            f"{name}_vjp",
-            vjp_kernel,
-            signature,
-            constants,
-            aligned=("grad", "w", "dw", *some[:3], "units", "size") if element.levels else None,
-        )
-    )
+    found.append(AotCase(f"{name}_vjp", vjp_kernel, signature, constants))
     return tuple(found)
 
 

@@ -356,7 +356,9 @@ def absmax(
     inv_reach is 1 / reach as a Python float, `smallest`/`largest` bound the stored scale, signed says lo < 0.
     """
     assert signed == (lo < 0)
-    return dynamic_absmax(w, groups, inv_reach, lo, hi, storage, smallest, largest, packed, poison)  # type: ignore[no-any-return]
+    how = storage, smallest, largest, packed, poison
+    with torch.no_grad():
+        return dynamic_absmax(w, groups, inv_reach, lo, hi, *how)  # type: ignore[no-any-return]
 
 
 def minmax(
@@ -378,5 +380,6 @@ def minmax(
 
     inv_steps is 1 / (hi - lo); float_minimum chooses the minimum; half: the minimum is a number of fp16 too.
     """
-    fields = storage, smallest, largest, half, float_minimum
-    return dynamic_minmax(w, groups, inv_steps, lo, hi, *fields, packed, poison)  # type: ignore[no-any-return]
+    how = storage, smallest, largest, half, float_minimum, packed, poison
+    with torch.no_grad():
+        return dynamic_minmax(w, groups, inv_steps, lo, hi, *how)  # type: ignore[no-any-return]

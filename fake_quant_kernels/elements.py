@@ -205,6 +205,21 @@ def nearest(v: Any, levels: Any, LEVELS: tl.constexpr) -> Any:
 
 
 @Device
+def level_of(code: Any, levels: Any, LEVELS: tl.constexpr) -> Any:
+    """level[code] of a 2-D tile: by selection in short tables, else from a copy that the program shares."""
+    if LEVELS <= 4:
+        u = tl.zeros(code.shape, tl.float32) + tl.load(levels)
+        for i in tl.static_range(1, LEVELS):
+            u = tl.where(code >= i, tl.load(levels + i), u)
+    else:
+        at = tl.arange(0, 16)
+        table = tl.load(levels + at, at < LEVELS, other=0.0)
+        flat = tl.gather(table, tl.reshape(code, [code.shape[0] * code.shape[1]]), 0)
+        u = tl.reshape(flat, [code.shape[0], code.shape[1]])
+    return u
+
+
+@Device
 def element_code(
     v: Any,
     levels: Any,
@@ -227,7 +242,7 @@ def element_number(
 ) -> Any:
     """The nearest number of the element; NaN stays NaN."""
     if LEVELS > 0:
-        u = tl.load(levels + nearest(v, levels, LEVELS))
+        u = level_of(nearest(v, levels, LEVELS), levels, LEVELS)
         u = tl.where(v != v, v, u)
     else:
         u = float_round(v, MANTISSA, LOWEST, TOP)

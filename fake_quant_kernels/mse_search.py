@@ -43,6 +43,8 @@ _RUN = 32
 # the longest group whose numbers a block of threads keeps in registers, and the runs into which longer ones are cut
 _LONGEST = 16384
 _LONG_RUN = 512
+# no finite product is less (`mse_device.product`)
+_LOWEST = torch.finfo(torch.float32).min
 
 
 def _fields(
@@ -172,9 +174,8 @@ def _reference(
         x = blocks[first : first + count].float()
         low, high = _ranges(x, factors)
         scale, offset = _fields(low, high, *numbers)
-        h = None
-        if weights is not None:
-            h = weights[torch.arange(first, first + x.shape[0], device=w.device) % weights.shape[0]].float()
+        own = torch.arange(first, first + x.shape[0], device=w.device)
+        h = None if weights is None else weights[own % weights.shape[0]].float()
         sums = [
             _errors(x[:, at : at + piece], scale, offset, None if h is None else h[:, at : at + piece], kind, lo, hi)
             for at in range(0, size, piece)
@@ -185,13 +186,12 @@ def _reference(
 
 
 def _ranges(x: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranges [C, n] of groups x [n, g]."""
+    """[C, n] of groups x [n, g]."""
     return x.amin(-1) * factors.unsqueeze(1), x.amax(-1) * factors.unsqueeze(1)
 
 
 def _fake(w: Tensor, factors: Tensor, groups: int, kind: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (w.shape[0], groups)
-    scale = w.new_empty(shape, dtype=torch.float32)
+    scale = w.new_empty((w.shape[0], groups), dtype=torch.float32)
     return scale, torch.empty_like(scale) if kind else scale.new_empty(0), torch.empty_like(scale)
 
 
@@ -211,6 +211,7 @@ def _search_kernel(
     inv_reach: Any,
     smallest: Any,
     largest: Any,
+    lowest: Any,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -245,9 +246,9 @@ def _search_kernel(
     for c in range(count):
         factor = tl.load(f_ptr + c)
         scale, offset = candidate(
-            low * factor, high * factor, lo, hi, inv_reach, smallest, largest, KIND, STORAGE, HALF
+            low * factor, high * factor, lo, hi, inv_reach, smallest, largest, lowest, KIND, STORAGE, HALF
         )
-        error = squared_error(w, h, inside, scale, offset, lo, hi, GROUPS, BLOCK, LEVELS, KIND, WEIGHTED, EVEN)
+        error = squared_error(w, h, inside, scale, offset, lo, hi, lowest, GROUPS, BLOCK, LEVELS, KIND, WEIGHTED, EVEN)
         better = (error < least) | (c == 0)
         least = tl.where(error < least, error, least)
         best_scale = tl.where(better, scale, best_scale)
@@ -278,6 +279,7 @@ def _partial_kernel(
     count: Any,
     lo: Any,
     hi: Any,
+    lowest: Any,
     BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -289,8 +291,10 @@ def _partial_kernel(
     unit = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]
     group, run = unit // runs, unit % runs
     column = run * BLOCK + tl.arange(0, BLOCK)[None, :]
-    known = group < total
-    inside = known & (column < size)
+    inside = (group < total) & (column < size)
+    # one number for each run, not for each of its threads
+    own = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    field, known = own // runs, own // runs < total
     h = 1.0
     if EVEN:
         w = tl.load(w_ptr + group * size + column).to(tl.float32)
@@ -301,12 +305,12 @@ def _partial_kernel(
         if WEIGHTED:
             h = tl.load(h_ptr + (group % period) * size + column, mask=inside, other=0.0).to(tl.float32)
     for c in range(count):
-        scale = tl.load(s_ptr + c * total + group, mask=known, other=1.0)
+        scale = tl.load(s_ptr + c * total + field, mask=known, other=1.0)[:, None]
         offset = scale
         if KIND > 0:
-            offset = tl.load(o_ptr + c * total + group, mask=known, other=0.0)
-        error = squared_error(w, h, inside, scale, offset, lo, hi, GROUPS, BLOCK, LEVELS, KIND, WEIGHTED, EVEN)
-        tl.store(e_ptr + (run * count + c) * total + group, error, mask=known)
+            offset = tl.load(o_ptr + c * total + field, mask=known, other=0.0)[:, None]
+        error = squared_error(w, h, inside, scale, offset, lo, hi, lowest, GROUPS, BLOCK, LEVELS, KIND, WEIGHTED, EVEN)
+        tl.store(e_ptr + (own % runs * count + c) * total + field, tl.reshape(error, (GROUPS,)), mask=known)
 
 
 def _shape(size: int) -> tuple[int, int, int]:
@@ -341,7 +345,7 @@ def _launch(
         block, count, warps = _shape(size)
         _search_kernel[(-(-total // count),)](
             w, h, factors, scale, offset, error, total, period, factors.shape[0],
-            float(lo), float(hi), inv_reach, smallest, largest,
+            float(lo), float(hi), inv_reach, smallest, largest, _LOWEST,
             SIZE=size, BLOCK=block, LEVELS=block.bit_length() - 1, GROUPS=count, KIND=kind,
             STORAGE=storage_code(storage), HALF=half, WEIGHTED=importance is not None,
             EVEN=size == block and total % count == 0, num_warps=warps,
@@ -353,7 +357,7 @@ def _launch(
     sums = torch.empty(runs, factors.shape[0], total, device=w.device)
     _partial_kernel[(-(-total * runs // 4),)](
         w, h, table, table if second is None else second, sums, size, runs, total, period, factors.shape[0],
-        float(lo), float(hi), BLOCK=_LONG_RUN, LEVELS=_LONG_RUN.bit_length() - 1, GROUPS=4, KIND=kind,
+        float(lo), float(hi), _LOWEST, BLOCK=_LONG_RUN, LEVELS=_LONG_RUN.bit_length() - 1, GROUPS=4, KIND=kind,
         WEIGHTED=importance is not None, EVEN=size % _LONG_RUN == 0 and total * runs % 4 == 0, num_warps=4,
     )  # fmt: skip
     scale, offset, error = _chosen(_tree(sums), table, second)
@@ -367,13 +371,13 @@ def _aot(name: str, size: int, kind: int, dtype: str, weighted: bool = False) ->
     """`_search_kernel` on whole tiles."""
     block, count, warps = _shape(size)
     pointers = {"w_ptr": f"*{dtype}"} | dict.fromkeys(("h_ptr", "f_ptr", "s_ptr", "o_ptr", "e_ptr"), "*fp32")
-    numbers = dict.fromkeys(("lo", "hi", "inv_reach", "smallest", "largest"), "fp32")
+    numbers = dict.fromkeys(("lo", "hi", "inv_reach", "smallest", "largest", "lowest"), "fp32")
     constants = {
         "SIZE": size, "BLOCK": block, "LEVELS": block.bit_length() - 1, "GROUPS": count, "KIND": kind,
         "STORAGE": 2, "HALF": True, "WEIGHTED": weighted, "EVEN": size == block,
     }  # fmt: skip
-    signature = pointers | dict.fromkeys(("total", "period", "count"), "i32") | numbers
-    return AotCase(name, _search_kernel, signature, constants, num_warps=warps)
+    counts = dict.fromkeys(("total", "period", "count"), "i32")
+    return AotCase(name, _search_kernel, pointers | counts | numbers, constants, num_warps=warps)
 
 
 AOT = (
@@ -390,7 +394,7 @@ AOT = (
         {"w_ptr": "*bf16"}
         | dict.fromkeys(("h_ptr", "s_ptr", "o_ptr", "e_ptr"), "*fp32")
         | dict.fromkeys(("size", "runs", "total", "period", "count"), "i32")
-        | {"lo": "fp32", "hi": "fp32"},
+        | dict.fromkeys(("lo", "hi", "lowest"), "fp32"),
         {"BLOCK": 512, "LEVELS": 9, "GROUPS": 4, "KIND": 1, "WEIGHTED": False, "EVEN": True},
     ),
 )

@@ -94,7 +94,6 @@ def _row_bytes(columns: int, bits: int) -> int:
 def _together(x: Tensor, bits: int) -> Tensor:
     """int64 words of eight bytes, newly allocated -> words of 8 * bits bits, in place."""
     if bits < 8:
-        x.bitwise_and_(((1 << bits) - 1) * 0x0101010101010101)
         for half, times, repeat in _STEPS:
             width = times * bits
             low = ((1 << width) - 1) * repeat
@@ -178,7 +177,6 @@ def _pack_fake(codes: Tensor, bits: int) -> Tensor:
 def squeezed(x: Any, BITS: tl.constexpr) -> Any:
     """`_together`."""
     if BITS < 8:
-        x = x & (((1 << BITS) - 1) * 0x0101010101010101)
         low: tl.constexpr = (1 << BITS) - 1
         x = (x & (low * 0x0001000100010001)) | ((x >> (8 - BITS)) & ((low << BITS) * 0x0001000100010001))
         pair: tl.constexpr = (1 << (2 * BITS)) - 1

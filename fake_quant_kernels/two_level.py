@@ -66,9 +66,6 @@ def dynamic_map() -> Tensor:
     return torch.tensor(sorted(entries), dtype=torch.float32)
 
 
-# k-quants
-
-
 def super_scales(s0: Tensor, subs: int, top: int) -> tuple[Tensor, Tensor]:
     """Scales s0 fp32 [R, G] -> (sc uint8 [R, G], d fp32 [R, G / subs], numbers of fp16)."""
     s0 = s0.reshape(s0.shape[0], s0.shape[1] // subs, subs).nan_to_num(nan=torch.inf)
@@ -206,9 +203,6 @@ def _kquant_fake(
     )
 
 
-# EXL2
-
-
 def _exl2_encode(s0: Tensor, largest: Tensor) -> Tensor:
     """s0 fp32 [R, G], M fp32 [1, G] as `exl2_largest` gives -> k uint8 [R, G], 1..16."""
     below = torch.arange(1.0, 16.0, device=s0.device)
@@ -255,14 +249,11 @@ def _exl2(given: Tensor, largest: Tensor, encode: bool) -> Tensor:
     given = given.contiguous()
     out = torch.empty(given.shape, dtype=torch.uint8 if encode else torch.float32, device=given.device)
     if given.numel():
-        grid = (-(-given.numel() // 1024),)
+        grid = (-(-given.numel() // 2048),)
         exl2_kernel[grid](
-            given, largest.contiguous(), out, given.numel(), given.shape[1], ENCODE=encode, BLOCK=1024, num_warps=4
+            given, largest.contiguous(), out, given.numel(), given.shape[1], ENCODE=encode, BLOCK=2048, num_warps=4
         )
     return out
-
-
-# double quantization
 
 
 def _blocks(a: Tensor) -> Tensor:
@@ -296,30 +287,43 @@ def _double_decode(codes: Tensor, largest: Tensor, offset: Tensor, table: Tensor
 
 @Kernel
 def double_kernel(
-    a: Any, offset: Any, table: Any, codes: Any, largest: Any, count: Any, ENCODE: tl.constexpr, RUN: tl.constexpr
+    a: Any,
+    offset: Any,
+    table: Any,
+    codes: Any,
+    largest: Any,
+    count: Any,
+    runs: Any,
+    ENCODE: tl.constexpr,
+    RUN: tl.constexpr,
+    RUNS: tl.constexpr,
 ) -> None:
-    """One run of 256: `a` is read and `codes`, `largest` written, or the other way round."""
-    at = tl.program_id(0).to(tl.int64) * RUN + tl.arange(0, RUN)
+    """RUNS runs of 256: `a` is read and `codes`, `largest` written, or the other way round."""
+    run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)
+    at = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
     live = at < count
     shift = tl.load(offset)
+    entry = tl.arange(0, 256)
+    entries = tl.load(table + entry)
     if ENCODE:
         v = tl.where(live, tl.load(a + at, live, other=0.0) - shift, 0.0)
-        odd = tl.max((v != v).to(tl.int32), 0) > 0
-        n = tl.where(odd, 6.646139978924579e35, tl.minimum(tl.max(tl.abs(v), 0), 6.646139978924579e35))
+        odd = tl.max((v != v).to(tl.int32), 1) > 0
+        n = tl.where(odd, 6.646139978924579e35, tl.minimum(tl.max(tl.abs(v), 1), 6.646139978924579e35))
         n = tl.maximum(n, 7.703719777548943e-34)
-        tl.store(largest + tl.program_id(0), n)
-        v = v * tl.math.div_rn(1.0, n)
-        code = tl.zeros([RUN], tl.int32)
-        first = 0
+        tl.store(largest + run, n, run < runs)
+        v = tl.reshape(v * tl.math.div_rn(1.0, n)[:, None], [RUNS * RUN])
+        middle = (entries + tl.load(table + entry + 1, entry < 255, other=0.0)) * 0.5
+        code = tl.zeros([RUNS * RUN], tl.int32)
+        # the first code whose number is positive
+        first = tl.sum((entries[None, :] * n[:, None] + shift <= 0).to(tl.int32), 1)
         for bit in tl.static_range(8):
-            step: tl.constexpr = 128 >> bit
-            middle = (tl.load(table + code + (step - 1)) + tl.load(table + code + step)) * 0.5
-            code += tl.where(v <= middle, 0, step)
-            first += tl.where(tl.load(table + first + (step - 1)) * n + shift <= 0, step, 0)
-        tl.store(codes + at, tl.maximum(code, first).to(tl.uint8), live)
+            code += tl.where(v <= tl.gather(middle, code + ((128 >> bit) - 1), 0), 0, 128 >> bit)
+        code = tl.maximum(tl.reshape(code, [RUNS, RUN]), tl.minimum(first, 255)[:, None])
+        tl.store(codes + at, code.to(tl.uint8), live)
     else:
-        u = tl.load(table + tl.load(codes + at, live, other=0).to(tl.int32))
-        tl.store(a + at, u * tl.load(largest + tl.program_id(0)) + shift, live)
+        code = tl.reshape(tl.load(codes + at, live, other=0).to(tl.int32), [RUNS * RUN])
+        u = tl.reshape(tl.gather(entries, code, 0), [RUNS, RUN])
+        tl.store(a + at, u * tl.load(largest + run, run < runs, other=0.0)[:, None] + shift, live)
 
 
 def _double_encode_triton(a: Tensor, offset: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,7 +331,8 @@ def _double_encode_triton(a: Tensor, offset: Tensor, table: Tensor) -> tuple[Ten
     codes = torch.empty(a.shape, dtype=torch.uint8, device=a.device)
     largest = torch.empty(runs, dtype=torch.float32, device=a.device)
     if runs:
-        double_kernel[(runs,)](a, offset, table, codes, largest, a.numel(), ENCODE=True, RUN=SUPER, num_warps=4)
+        grid = (-(-runs // 8),)
+        double_kernel[grid](a, offset, table, codes, largest, a.numel(), runs, ENCODE=True, RUN=SUPER, RUNS=8)
     return codes, largest
 
 
@@ -335,7 +340,8 @@ def _double_decode_triton(codes: Tensor, largest: Tensor, offset: Tensor, table:
     codes, runs = codes.contiguous(), largest.shape[0]
     a = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     if runs:
-        double_kernel[(runs,)](a, offset, table, codes, largest, a.numel(), ENCODE=False, RUN=SUPER, num_warps=4)
+        grid = (-(-runs // 8),)
+        double_kernel[grid](a, offset, table, codes, largest, a.numel(), runs, ENCODE=False, RUN=SUPER, RUNS=8)
     return a
 
 
@@ -378,12 +384,12 @@ def _kquant_case(name: str, codes: bool) -> AotCase:
     return AotCase(f"{name}_{'codes' if codes else 'fake'}", kquant_kernel, signature, constants)
 
 
-# of scales, a hundredth of the numbers, which look up others: the widths of their accesses are not judged
 _EXL2 = {"given": "*fp32", "largest": "*fp32", "out": "*u8", "count": "i32", "groups": "i32"}
-_DOUBLE = {"a": "*fp32", "offset": "*fp32", "table": "*fp32", "codes": "*u8", "largest": "*fp32", "count": "i32"}
+_DOUBLE = {"a": "*fp32", "offset": "*fp32", "table": "*fp32", "codes": "*u8", "largest": "*fp32"}
+_DOUBLE |= {"count": "i32", "runs": "i32"}
 AOT = (
     *(_kquant_case(name, codes) for name in ("Q4_K", "Q2_K", "Q6_K") for codes in (False, True)),
-    AotCase("exl2_encode", exl2_kernel, _EXL2, {"ENCODE": True, "BLOCK": 1024}, aligned=("given", "out", "count")),
-    AotCase("double_encode", double_kernel, _DOUBLE, {"ENCODE": True, "RUN": SUPER}, aligned=("a", "codes", "count")),
-    AotCase("double_decode", double_kernel, _DOUBLE, {"ENCODE": False, "RUN": SUPER}, aligned=("a", "codes", "count")),
+    AotCase("exl2_encode", exl2_kernel, _EXL2, {"ENCODE": True, "BLOCK": 2048}),
+    AotCase("double_encode", double_kernel, _DOUBLE, {"ENCODE": True, "RUN": SUPER, "RUNS": 8}),
+    AotCase("double_decode", double_kernel, _DOUBLE, {"ENCODE": False, "RUN": SUPER, "RUNS": 8}),
 )

@@ -38,6 +38,8 @@ class CodeCache:
         self.enabled = True
         self.entries: dict[str, Entry] = {}
         self._owners: dict[str, weakref.ref[Tensor]] = {}
+        # the parameters, weights and learned scales, that codes come from
+        self._sources: dict[str, dict[int, weakref.ref[Tensor]]] = {}
         self._tokens: dict[str, Any] = {}
         _caches.add(self)
 
@@ -50,9 +52,14 @@ class CodeCache:
         made.enabled = self.enabled
         return made
 
-    def own(self, key: str, w: Tensor) -> None:
+    def own(self, key: str, w: Tensor, quantizer: Quantizer) -> None:
         """w is the layer's Parameter, and stays where it is."""
         self._owners[key] = weakref.ref(w)
+        self._sources[key] = {id(t): weakref.ref(t) for t in (w, *quantizer.learned())}
+
+    def comes_from(self, moved: set[int]) -> bool:
+        """Whether codes here come from a parameter whose id is among `moved`."""
+        return any(i in moved and ref() is not None for refs in self._sources.values() for i, ref in refs.items())
 
     def forget(self) -> None:
         self.entries.clear()
@@ -82,9 +89,13 @@ class CodeCache:
 _caches: weakref.WeakSet[CodeCache] = weakref.WeakSet()
 
 
-def _stepped(*_: Any) -> None:
+def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    # Not all caches: another model's optimizer (a discriminator's, a peer's) leaves these weights as they are. Of one
+    # that moves copies of the weights (fp32 masters) its engine tells, or `qat.after_optimizer_step`.
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for cache in _caches:
-        cache.forget()
+        if cache.comes_from(moved):
+            cache.forget()
 
 
 register_optimizer_step_post_hook(_stepped)

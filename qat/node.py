@@ -200,8 +200,6 @@ class QuantizedLayer(torch.autograd.Function):
         n, count = call.inputs, len(weights)
         need_w, need_fields = needs[n : n + count], needs[n + count :]
         with inside(), no_autocast(grad.device.type):
-            x_hat = call.x_hat(inputs[0], x_quantized, blend)
-            w_hats = [call.w_hat(i, w, quantized[i], blend) for i, w in enumerate(weights)]  # type: ignore[arg-type]
             slots = (call.x, *call.weights)
             field_needs = [need_fields[_SLOT * i + 1 : _SLOT * (i + 1)] for i in range(len(slots))]
             wanted = [
@@ -209,14 +207,7 @@ class QuantizedLayer(torch.autograd.Function):
                 *needs[1:n],
                 *(need or any(more) for need, more in zip(need_w, field_needs[1:], strict=True)),
             ]
-            with replayed(call.random):
-                dinputs, dweights = call.op.backward(
-                    call.layer,
-                    grad.to(call.dtype) if grad.is_floating_point() else grad,
-                    (x_hat, *call.cast(inputs[1:])),
-                    w_hats,
-                    wanted,
-                )
+            dinputs, dweights = _gradients(call, blend, grad, inputs, weights, x_quantized, quantized, wanted)
             found: list[tuple[Tensor | None, ...]] = []
             latents = (inputs[0], *weights)
             dtypes = (ctx.x_dtype, *(w.dtype for w in weights))  # type: ignore[union-attr]
@@ -234,6 +225,38 @@ class QuantizedLayer(torch.autograd.Function):
         dothers = [None if d is None else d.to(t.dtype) for d, t in zip(dinputs[1:], inputs[1:], strict=True)]  # type: ignore[union-attr]
         dfields = [d for grads in found for d in (None, *grads[1:])]
         return (None, None, found[0][0], *dothers, *(grads[0] for grads in found[1:]), *dfields)
+
+
+def _gradients(
+    call: Call,
+    blend: Tensor | None,
+    grad: Tensor,
+    inputs: Tensors,
+    weights: Tensors,
+    x_quantized: Tensors,
+    quantized: list[Tensors],
+    wanted: Sequence[bool],
+) -> tuple[Tensors, Tensors]:
+    """Gradients of x_hat and the other inputs, and of each w_hat; not both hats in memory where one after the other
+    does."""
+    n, count = len(inputs), len(weights)
+    grad = grad.to(call.dtype) if grad.is_floating_point() else grad
+    others = call.cast(inputs[1:])
+
+    def x_hat() -> Tensor | None:
+        return call.x_hat(inputs[0], x_quantized, blend)
+
+    def w_hats() -> list[Tensor]:
+        return [call.w_hat(i, w, quantized[i], blend) for i, w in enumerate(weights)]  # type: ignore[arg-type]
+
+    if call.op.separable:
+        first = [False, *wanted[1:]]
+        (_, *dothers), dweights = call.op.backward(call.layer, grad, (x_hat(), *others), [], first)
+        second = [wanted[0], *[False] * (n - 1 + count)]
+        (dx, *_), _ = call.op.backward(call.layer, grad, (None, *others), w_hats() if wanted[0] else [], second)
+        return (dx, *dothers), dweights
+    with replayed(call.random):
+        return call.op.backward(call.layer, grad, (x_hat(), *others), w_hats(), wanted)
 
 
 def _parts(call: Call, tensors: Sequence[Tensor | None]) -> tuple[Tensors, Tensors, Tensors, list[Tensors]]:

@@ -27,6 +27,8 @@ class LayerOp:
 
     # backward runs the forward again, which must see the same random numbers
     replays: bool = False
+    # the gradient of the weight needs no weight and that of x no x: they are found one after the other
+    separable: bool = False
 
     def kinds(self, module: nn.Module) -> dict[str, str]:
         raise TypeError(f"{type(self).__name__} has no kinds")
@@ -64,6 +66,8 @@ class LayerOp:
 class LinearOp(LayerOp):
     """y = x w^T + b with w [O, I]; `transposed`: y = x w + b with w [I, O] (Conv1D of GPT-2)."""
 
+    separable = True
+
     def __init__(self, transposed: bool = False) -> None:
         self.transposed = transposed
 
@@ -88,8 +92,9 @@ class LinearOp(LayerOp):
         x = inputs[0]
         need_x, need_bias, need_w = needs
         rows = grad.reshape(-1, grad.shape[-1])
-        w_OI = weights[0].t() if self.transposed else weights[0]
-        dx = (grad @ w_OI) if need_x else None
+        dx = None
+        if need_x:
+            dx = grad @ (weights[0].t() if self.transposed else weights[0])
         dbias = rows.sum(0) if need_bias else None
         dw = None
         if need_w:

@@ -141,7 +141,7 @@ def weights_changed(model: nn.Module) -> None:
             if budget <= 0 or not stays(weight):
                 continue
             assert weight is not None
-            live.cache.own(key, weight)
+            live.cache.own(key, weight, quantizer)
             if live.active:
                 w_RK = quantizer.layout.to_rows(weight.detach())
                 entry, _ = live.cache.quantized(key, weight, w_RK, quantizer, packs(quantizer.live_spec, w_RK))

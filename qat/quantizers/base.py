@@ -162,12 +162,17 @@ class Quantizer(nn.Module):
         with zeros. `fields` are used where given (of a scale that stays).
         """
         if fields is None:
-            kept, self.live_spec = self.live_spec, spec
+            kept = self.live_spec
+            # compiled code may not set an attribute here, and has no need to: it is compiled anew for each spec
+            moved = kept is not spec
+            if moved:
+                self.live_spec = spec
             try:
                 found = self.fused(w_RK, spec, packed)
                 fields = self.qparams(w_RK.float()) if found is None else None
             finally:
-                self.live_spec = kept
+                if moved:
+                    self.live_spec = kept
             if found is not None:
                 return found
         assert fields is not None

@@ -134,14 +134,15 @@ TABLE = {**SIGNATURE, "w": "*i64"}
 
 
 def failures(case: AotCase, target: str, fusion: bool = False) -> str:
-    return "\n".join(aot.judge("planted", case, target, fusion).failures)
+    (found,) = aot.judge([("planted", case)], target, fusion)
+    return "\n".join(found.failures)
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_good_kernels_pass(target: str) -> None:
     for kernel in (good, divides, scalars):
         assert failures(replace(GOOD, kernel=kernel), target) == ""
-    values = aot.judge("planted", GOOD, target).values
+    values = aot.judge([("planted", GOOD)], target)[0].values
     assert values["16-byte instructions"] >= 2 and values["registers"] > 8 and values["instructions"] > 50
 
 
@@ -191,8 +192,11 @@ def test_the_assembler_contracts() -> None:
     kernel = aot.compiled(GOOD, "sm_90")
     loose = re.sub(r"\b(mul|add|sub)\.rn\.f32", r"\1.f32", kernel.asm["ptx"])
     assert loose != kernel.asm["ptx"]
-    may_be = SimpleNamespace(asm={"ptx": loose}, metadata=kernel.metadata)
-    kept, contracted = (aot.read_cuda(may_be, 90, fusion, 99)["fused"] for fusion in (False, True))
+    found = []
+    for fusion in (False, True):
+        (part,) = aot.assembled([loose], [kernel.metadata.name], 90, fusion)
+        found.append(aot.read_cuda(SimpleNamespace(asm={"ptx": loose}, metadata=kernel.metadata), part, 99)["fused"])
+    kept, contracted = found
     assert 0 < kept < contracted
 
 

@@ -2,7 +2,7 @@
 
 Mutations of `fake_quant_kernels/pack.py` that were tried, and the test that turned red for each:
 
-    _together: the mask of `bits` left out            test_upper_bits_are_dropped and others
+    _together: the first step's mask is the word      test_stream_is_one_bit_after_the_other
     _together: last step left out                     test_stream_is_one_bit_after_the_other
     _apart: steps not reversed                        test_back
     _unpack: sub_(sign) left out                      test_back

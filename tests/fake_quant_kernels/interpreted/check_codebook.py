@@ -42,11 +42,13 @@ def test_families(name: str) -> None:
         for family, w in families((3, 64), dtype, 0, 16, not_finite=True).items():
             context = f"{name} {family} {dtype}"
             found, _ = same(codebook.encode_dynamic, w, levels, 4, inv, *FP16, False, context=context)
+            same(codebook.fake, w, s, levels, torch.float16, context=context)
+            if name not in ("nf4", "five", "seq2"):
+                continue
             same(codebook.encode_dynamic, w, levels, 4, inv, *FP16, True, context=context)
             same(codebook.fake_dynamic, w, levels, 4, inv, *FP16, torch.float32, context=context)
             same(codebook.encode, w, s, levels, False, context=context)
             same(codebook.encode, w, s, levels, True, context=context)
-            same(codebook.fake, w, s, levels, torch.float16, context=context)
             same(codebook.decode, found[0], found[1], levels, torch.float32, False, context=context)
             same(codebook.decode, codebook.pack(found[0]), found[1], levels, torch.float32, True, context=context)
             g = torch.randn(3, 64, generator=generator(2))

@@ -58,7 +58,8 @@ def test_minmax(index: int) -> None:
 
 @pytest.mark.parametrize("poison", [False, True])
 def test_packed(poison: bool) -> None:
-    """An even number of groups, one for the row, and three, which packing cuts. Mutation: HALVES == 2 as 1 -> red."""
+    """An even number of groups, one for the row, and three, which packing cuts. Mutation: the scale of a packed
+    row from its lower half -> red."""
     for at, (columns, groups) in enumerate(PACKED):
         found = families((3, columns), DTYPES[at % 3], columns, columns // groups, not_finite=True)
         for name in ("ties", "not finite"):
@@ -84,6 +85,21 @@ def test_exact_ties() -> None:
         w, step = ties((9, 96), dtype, 1, 16)
         found, _ = same(dynamic_absmax, w, 6, 1 / 7, -8, 7, torch.float32, 2.0**-110, 2.0**119, False, False)
         assert torch.equal(found[1], step), "the sample has no exact ties any more"
+
+
+@pytest.mark.parametrize("index", range(len(STORAGES)))
+def test_scales_halfway_between_stored_numbers(index: int) -> None:
+    """Groups of one number, which is the scale before it is stored. Mutation: e8m0 adds 0x3FFFFF -> red."""
+    storage, smallest, largest, half = STORAGES[index]
+    drop = {torch.float16: 13, torch.float8_e4m3fn: 20, torch.float8_e8m0fnu: 23}.get(storage, 16)
+    bits = (torch.randint(100, 150, (4, 120), generator=torch.Generator().manual_seed(1)) << 23 >> drop << drop).int()
+    if drop < 23:
+        bits += torch.arange(120, dtype=torch.int32) % (1 << (23 - drop)) << drop
+    w = (bits + (torch.arange(-1, 3, dtype=torch.int32).clamp(max=1)[:, None] + (1 << (drop - 1)))).view(torch.float32)
+    found, _ = same(dynamic_absmax, w, 120, 1.0, -8, 7, storage, smallest, largest, False, False)
+    assert storage == torch.float32 or bool((found[1] != w).all())
+    if storage != torch.float8_e8m0fnu:
+        same(dynamic_minmax, -w, 120, 1.0, 0, 15, storage, smallest, largest, half, True, False, False)
 
 
 def test_long_rows_and_layouts() -> None:

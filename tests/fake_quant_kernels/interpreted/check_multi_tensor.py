@@ -3,10 +3,7 @@
 Mutations that were tried, and what turned red:
 
     bisection: `<= program` -> `< program`               test_lists
-    starts: units instead of programs                    test_lists
-    table row: scales in place of codes                  test_lists
     HALVES 1: scale of the low half for both             test_lists[True-...]
-    EVEN taken for granted                               nothing (a promise changes no number here), the compile gate
     a table kept when a tensor moved                     test_tables_follow_the_tensors
     weights `alone` forgotten                            test_lists (rows of 20000, transposed)
     poison not passed on                                 test_lists (not finite)

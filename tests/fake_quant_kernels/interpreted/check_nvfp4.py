@@ -26,7 +26,8 @@ def test_families(over: bool) -> None:
                 # the interpreter reads denormal bf16 numbers as others
                 continue
             context = f"{over} {family} {dtype}"
-            for tensor in (nvfp4.tensor_scale(float8.amax.reference(w), over), torch.tensor([0.37])):
+            tensors = (nvfp4.tensor_scale(float8.amax.reference(w), over), torch.tensor([0.37]))
+            for tensor in tensors if dtype == torch.float32 else tensors[:1]:
                 found, _ = same(nvfp4.encode_dynamic, w, tensor, 4, over, False, context=context)
                 same(nvfp4.encode_dynamic, w, tensor, 4, over, True, context=context)
                 same(nvfp4.fake_dynamic, w, tensor, 4, over, torch.float32, context=context)

@@ -9,7 +9,7 @@ Mutations that were tried, and what turned red:
     MOST - 1                                                 test_rows
     _unpack_bytes_kernel: high byte left out                 test_rows
     _one_stream: columns * bits % 8 not asked for            test_rows
-    _one_stream: addresses not asked for                     test_layouts
+    _one_stream: offsets not asked for                       test_layouts
 """
 
 import pytest
