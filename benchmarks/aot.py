@@ -23,18 +23,19 @@ through the argument it moves most through, so it makes at least N = B / 16 acce
 accessed in small pieces only if a thread moves at most N numbers through it: one number, a scale say, beside each 16
 bytes of the others; numbers of elements are at least twice as many. That is sound, because B does not depend on how
 wide the accesses are, and needs nobody to say which arguments hold scales. An address that is the same for all threads
-(a scalar) is free. The machine code must then hold at least as many accesses of 16 bytes. Pointers that
-AotCase.aligned leaves out are free. In a matrix product the fields of rows and columns are held
-as the accumulator lies in registers, many numbers beside few bytes; there the rule is for what is stored, what is
-copied to shared memory, and operands of one byte. On AMD, where 64 threads fill two cache lines with 4 bytes each,
-accesses have at least 4 bytes instead of 16.
+(a scalar) is free, and so are pointers that AotCase.aligned leaves out. The machine code must then hold at least as
+many accesses of 16 bytes. In a matrix product the fields of rows and columns are held as the accumulator lies in
+registers, many numbers beside few bytes; there the rule is for what is stored, what is copied to shared memory, and
+operands of one byte. On AMD, where 64 threads fill two cache lines with 4 bytes each, accesses have at least 4 bytes
+instead of 16.
 
 Fused. PTX says it in its instructions: `fma` and `mad` of floats are fused, `add`, `sub` and `mul` of floats without a
 rounding modifier may be fused by the assembler, with `.rn` they never are (PTX ISA, "Rounding modifiers"). All three
-must not occur. To read the same from the machine code, where an IEEE division itself is a Newton iteration of FFMA,
-the assembler gets the kernel a second time with every division, reciprocal and square root replaced by one addition or
-multiplication: no FFMA may be left. On AMD each IEEE division is five fused instructions and one v_div_fmas; there may
-be no more than five for each of those, not counting products with a power of two, which are exact.
+must not occur. Assemblers have been seen to fuse packed instructions (f32x2) all the same, so the machine code is read
+too. There an IEEE division itself is a Newton iteration of FFMA: the assembler gets the kernel a second time with every
+division, reciprocal and square root replaced by one addition or multiplication, and no FFMA may be left. On AMD each
+IEEE division is five fused instructions and one v_div_fmas; there may be no more than five for each of those, not
+counting those with a power of two as a factor or with 0 as the addend, which round once anyway.
 """
 
 from __future__ import annotations

@@ -248,13 +248,18 @@ def read_cuda(kernel: Any, code: Assembled, count: int) -> dict[str, int]:
 HIP_FUSED = re.compile(r"^\s+v_(?:pk_|dual_)?(?:fma|fmac|mad|mac)(?:_mix\w*?|mk|ak)?_(?:f\d|legacy)\w*\s+(.*)$", re.M)
 
 
-def exact_product(operands: str) -> bool:
-    """Whether a factor is a power of two: the product is exact, so one rounding is as good as two.
+def rounds_once(operands: str) -> bool:
+    """Whether a factor is a power of two or the addend is 0, so that separate instructions would round once as well.
 
-    The compiler makes such instructions of additions of fp16 numbers and of 64-bit integer divisions.
+    The compiler makes such instructions of additions and products of fp16 numbers and of 64-bit integer divisions.
     """
-    for operand in operands.split(", ")[1:3]:
-        literal = operand.strip().lstrip("-|")
+    into, *read = (operand.strip() for operand in operands.split(","))
+    # the addend of fmac is its result
+    addend = read[2].split()[0] if len(read) > 2 else into
+    if addend in ("0", "neg(0)"):
+        return True
+    for operand in read[:2]:
+        literal = operand.lstrip("-|")
         if literal.startswith("0x"):
             number = struct.unpack("<f", struct.pack("<I", int(literal.split()[0], 16)))[0]
         elif re.fullmatch(r"\d+\.\d+", literal):
@@ -270,7 +275,7 @@ def read_hip(kernel: Any) -> dict[str, int]:
     """Metrics of a kernel for AMD."""
     text = kernel.asm["amdgcn"]
     ops = re.findall(r"^\s+([a-z]\w+)(?:\s|$)", text, re.M)
-    fused = sum(not exact_product(operands) for operands in HIP_FUSED.findall(text))
+    fused = sum(not rounds_once(operands) for operands in HIP_FUSED.findall(text))
     divisions = sum(op.startswith("v_div_fmas_f") for op in ops)
     flags = re.compile(
         r"\b(?:fadd|fsub|fmul|fdiv)(?: \w+)* (?:fast|contract|arcp|afn)\b|@llvm\.amdgcn\.(?:rcp|sqrt|exp2)\b"

@@ -205,13 +205,13 @@ def _search_kernel(
     e_ptr: Any,
     total: Any,
     period: Any,
-    count: Any,
     lo: Any,
     hi: Any,
     inv_reach: Any,
     smallest: Any,
     largest: Any,
     lowest: Any,
+    COUNT: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -243,7 +243,7 @@ def _search_kernel(
     low = tl.where(broken, float("nan"), tl.min(low, axis=1)[:, None])
     high = tl.where(broken, float("nan"), tl.max(high, axis=1)[:, None])
     best_scale, best_offset, least = low, low, tl.where(broken, float("inf"), float("inf"))
-    for c in range(count):
+    for c in range(COUNT):
         factor = tl.load(f_ptr + c)
         scale, offset = candidate(
             low * factor, high * factor, lo, hi, inv_reach, smallest, largest, lowest, KIND, STORAGE, HALF
@@ -276,10 +276,10 @@ def _partial_kernel(
     runs: Any,
     total: Any,
     period: Any,
-    count: Any,
     lo: Any,
     hi: Any,
     lowest: Any,
+    COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -287,7 +287,7 @@ def _partial_kernel(
     WEIGHTED: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> None:
-    """Errors of GROUPS runs of BLOCK numbers of groups that no block of threads can hold: [runs, count, total]."""
+    """Errors of GROUPS runs of BLOCK numbers of groups that no block of threads can hold: [runs, COUNT, total]."""
     unit = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]
     group, run = unit // runs, unit % runs
     column = run * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -304,13 +304,13 @@ def _partial_kernel(
         w = tl.load(w_ptr + group * size + column, mask=inside, other=0.0).to(tl.float32)
         if WEIGHTED:
             h = tl.load(h_ptr + (group % period) * size + column, mask=inside, other=0.0).to(tl.float32)
-    for c in range(count):
+    for c in range(COUNT):
         scale = tl.load(s_ptr + c * total + field, mask=known, other=1.0)[:, None]
         offset = scale
         if KIND > 0:
             offset = tl.load(o_ptr + c * total + field, mask=known, other=0.0)[:, None]
         error = squared_error(w, h, inside, scale, offset, lo, hi, lowest, GROUPS, BLOCK, LEVELS, KIND, WEIGHTED, EVEN)
-        tl.store(e_ptr + (own % runs * count + c) * total + field, tl.reshape(error, (GROUPS,)), mask=known)
+        tl.store(e_ptr + (own % runs * COUNT + c) * total + field, tl.reshape(error, (GROUPS,)), mask=known)
 
 
 def _shape(size: int) -> tuple[int, int, int]:
@@ -344,9 +344,9 @@ def _launch(
         scale, offset, error = _fake(w, factors, groups, kind)
         block, count, warps = _shape(size)
         _search_kernel[(-(-total // count),)](
-            w, h, factors, scale, offset, error, total, period, factors.shape[0],
+            w, h, factors, scale, offset, error, total, period,
             float(lo), float(hi), inv_reach, smallest, largest, _LOWEST,
-            SIZE=size, BLOCK=block, LEVELS=block.bit_length() - 1, GROUPS=count, KIND=kind,
+            COUNT=factors.shape[0], SIZE=size, BLOCK=block, LEVELS=block.bit_length() - 1, GROUPS=count, KIND=kind,
             STORAGE=storage_code(storage), HALF=half, WEIGHTED=importance is not None,
             EVEN=size == block and total % count == 0, num_warps=warps,
         )  # fmt: skip
@@ -356,8 +356,8 @@ def _launch(
     table, second = _fields(low, high, kind, lo, hi, inv_reach, storage, smallest, largest, half)
     sums = torch.empty(runs, factors.shape[0], total, device=w.device)
     _partial_kernel[(-(-total * runs // 4),)](
-        w, h, table, table if second is None else second, sums, size, runs, total, period, factors.shape[0],
-        float(lo), float(hi), _LOWEST, BLOCK=_LONG_RUN, LEVELS=_LONG_RUN.bit_length() - 1, GROUPS=4, KIND=kind,
+        w, h, table, table if second is None else second, sums, size, runs, total, period,
+        float(lo), float(hi), _LOWEST, COUNT=factors.shape[0], BLOCK=_LONG_RUN, LEVELS=_LONG_RUN.bit_length() - 1, GROUPS=4, KIND=kind,
         WEIGHTED=importance is not None, EVEN=size % _LONG_RUN == 0 and total * runs % 4 == 0, num_warps=4,
     )  # fmt: skip
     scale, offset, error = _chosen(_tree(sums), table, second)
@@ -373,10 +373,10 @@ def _aot(name: str, size: int, kind: int, dtype: str, weighted: bool = False) ->
     pointers = {"w_ptr": f"*{dtype}"} | dict.fromkeys(("h_ptr", "f_ptr", "s_ptr", "o_ptr", "e_ptr"), "*fp32")
     numbers = dict.fromkeys(("lo", "hi", "inv_reach", "smallest", "largest", "lowest"), "fp32")
     constants = {
-        "SIZE": size, "BLOCK": block, "LEVELS": block.bit_length() - 1, "GROUPS": count, "KIND": kind,
+        "COUNT": 60, "SIZE": size, "BLOCK": block, "LEVELS": block.bit_length() - 1, "GROUPS": count, "KIND": kind,
         "STORAGE": 2, "HALF": True, "WEIGHTED": weighted, "EVEN": size == block,
     }  # fmt: skip
-    counts = dict.fromkeys(("total", "period", "count"), "i32")
+    counts = dict.fromkeys(("total", "period"), "i32")
     return AotCase(name, _search_kernel, pointers | counts | numbers, constants, num_warps=warps)
 
 
@@ -393,8 +393,8 @@ AOT = (
         _partial_kernel,
         {"w_ptr": "*bf16"}
         | dict.fromkeys(("h_ptr", "s_ptr", "o_ptr", "e_ptr"), "*fp32")
-        | dict.fromkeys(("size", "runs", "total", "period", "count"), "i32")
+        | dict.fromkeys(("size", "runs", "total", "period"), "i32")
         | dict.fromkeys(("lo", "hi", "lowest"), "fp32"),
-        {"BLOCK": 512, "LEVELS": 9, "GROUPS": 4, "KIND": 1, "WEIGHTED": False, "EVEN": True},
+        {"COUNT": 60, "BLOCK": 512, "LEVELS": 9, "GROUPS": 4, "KIND": 1, "WEIGHTED": False, "EVEN": True},
     ),
 )

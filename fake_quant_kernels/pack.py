@@ -159,10 +159,9 @@ def _unpack(packed: Tensor, bits: int, columns: int, signed: bool) -> Tensor:
 
 def _codes(packed: Tensor, bits: int, columns: int, signed: bool) -> Tensor:
     """Uninitialised results of `unpack`."""
-    if packed.shape[1] != _row_bytes(columns, bits):
-        raise QATError(
-            f"{columns} codes of {bits} bits take {_row_bytes(columns, bits)} bytes of a row, not {packed.shape[1]}"
-        )
+    taken = _row_bytes(columns, bits)
+    if packed.shape[1] != taken:
+        raise QATError(f"{columns} codes of {bits} bits take {taken} bytes of a row, not {packed.shape[1]}")
     return packed.new_empty((packed.shape[0], columns), dtype=torch.int8 if signed else torch.uint8)
 
 
@@ -203,38 +202,67 @@ def spread(x: Any, BITS: tl.constexpr, SIGNED: tl.constexpr) -> Any:
 
 
 @Kernel
-def _pack_kernel(codes: Any, packed: Any, words: Any, total: Any, BITS: tl.constexpr, BLOCK: tl.constexpr) -> None:
-    """One stream. Words of eight codes -> `total` integers of 8 * BITS bits, or of 32 bits where there are no such."""
+def _pack_kernel(codes: Any, packed: Any, words: Any, BITS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """One stream, bits a power of two: words of eight codes -> integers of 8 * BITS bits."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if BITS == 1 or BITS == 2 or BITS == 4 or BITS == 8:
-        x = squeezed(tl.load(codes + i, mask=i < words, other=0), BITS)
-    else:
-        first = 4 * i // BITS
-        x = tl.zeros((BLOCK,), tl.int64)
-        for t in tl.static_range(2):
-            at = first + t
-            more = squeezed(tl.load(codes + at, mask=at < words, other=0), BITS)
-            shift = 8 * BITS * at - 32 * i
-            x = x | tl.where(shift < 0, more >> tl.maximum(-shift, 0), more << tl.maximum(shift, 0))
-    tl.store(packed + i, x.to(packed.dtype.element_ty), mask=i < total)
+    x = squeezed(tl.load(codes + i, mask=i < words, other=0), BITS)
+    tl.store(packed + i, x.to(packed.dtype.element_ty), mask=i < words)
 
 
 @Kernel
 def _unpack_kernel(
-    packed: Any, codes: Any, words: Any, total: Any, BITS: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr
+    packed: Any, codes: Any, words: Any, BITS: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
-    """One stream. `total` integers of 8 * BITS bits, or of 64 where there are no such -> words of eight codes."""
+    """The inverse of `_pack_kernel`."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if BITS == 1 or BITS == 2 or BITS == 4 or BITS == 8:
-        x = tl.load(packed + i, mask=i < total, other=0).to(tl.int64)
-    else:
-        first = i * BITS // 8
-        shift = (i * BITS % 8 * 8).to(tl.uint64)
-        x = tl.load(packed + first, mask=first < total, other=0).to(tl.uint64, bitcast=True) >> shift
-        more = tl.load(packed + first + 1, mask=first + 1 < total, other=0).to(tl.uint64, bitcast=True)
-        # by 64 - shift, which may be 64, in two steps
-        x = (x | ((more << 1) << (63 - shift))).to(tl.int64, bitcast=True)
+    x = tl.load(packed + i, mask=i < words, other=0).to(tl.int64)
     tl.store(codes + i, spread(x, BITS, SIGNED), mask=i < words)
+
+
+@Kernel
+def _pack_odd_kernel(
+    codes: Any, packed: Any, lines: Any, BITS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """One stream, any bits: lines of 16 words of eight codes -> lines of 4 * BITS <= WIDE integers of 32 bits.
+
+    A line is 16 * BITS bytes long, so that both sides are moved by 16 bytes; an integer has bits of one word or of two.
+    """
+    line = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    x = squeezed(tl.load(codes + line * 16 + tl.arange(0, 16)[None, :], mask=line < lines, other=0), BITS)
+    # numbered within the line; beyond its end anything will do
+    i = tl.arange(0, WIDE)[None, :] + tl.zeros((BLOCK, WIDE), tl.int32)
+    first = tl.minimum(4 * i // BITS, 15)
+    second = tl.minimum(first + 1, 15)
+    down = (32 * i - 8 * BITS * first).to(tl.int64)
+    value = tl.gather(x, first, axis=1) >> tl.minimum(down, 63)
+    # an integer that ends within its first word takes nothing from the second
+    value = value | tl.where(down + 32 > 8 * BITS, tl.gather(x, second, axis=1) << tl.maximum(8 * BITS - down, 0), 0)
+    tl.store(packed + line * (4 * BITS) + i, value.to(tl.int32), mask=(line < lines) & (i < 4 * BITS))
+
+
+@Kernel
+def _unpack_odd_kernel(
+    packed: Any,
+    codes: Any,
+    lines: Any,
+    BITS: tl.constexpr,
+    SIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The inverse of `_pack_odd_kernel`, from lines of 2 * BITS <= WIDE integers of 64 bits."""
+    line = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    part = tl.arange(0, WIDE)[None, :]
+    x = tl.load(packed + line * (2 * BITS) + part, mask=(line < lines) & (part < 2 * BITS), other=0)
+    i = tl.arange(0, 16)[None, :] + tl.zeros((BLOCK, 16), tl.int32)
+    first = i * BITS // 8
+    second = tl.minimum(first + 1, WIDE - 1)
+    shift = (i * BITS % 8 * 8).to(tl.uint64)
+    value = tl.gather(x, first, axis=1).to(tl.uint64, bitcast=True) >> shift
+    # by 64 - shift, which may be 64, in two steps
+    value = value | ((tl.gather(x, second, axis=1).to(tl.uint64, bitcast=True) << 1) << (63 - shift))
+    value = spread(value.to(tl.int64, bitcast=True), BITS, SIGNED)
+    tl.store(codes + line * 16 + tl.arange(0, 16)[None, :], value, mask=line < lines)
 
 
 @Kernel
@@ -286,8 +314,8 @@ def _unpack_bytes_kernel(
     tl.store(codes + i, value.to(codes.dtype.element_ty), mask=i < total)
 
 
-# numbers of a program: words, and single bytes
-_BLOCK, _FEW = 2048, 512
+# of a program: words, lines of 16 words, single bytes
+_BLOCK, _LINES, _FEW = 2048, 64, 512
 
 
 def _grid(count: int, block: int) -> tuple[int]:
@@ -295,14 +323,9 @@ def _grid(count: int, block: int) -> tuple[int]:
 
 
 def _one_stream(codes: Tensor, packed: Tensor, bits: int) -> bool:
-    """Whether rows follow each other in the stream without a gap, in whole words at whole addresses."""
-    return (
-        codes.shape[1] * bits % 8 == 0
-        and codes.numel() % 64 == 0
-        and not (
-            codes.data_ptr() % 16 or packed.data_ptr() % 16 or codes.storage_offset() % 8 or packed.storage_offset() % 8
-        )
-    )
+    """Whether rows follow each other in the stream without a gap, in whole lines at whole addresses."""
+    offsets = (t.data_ptr() % 16 + t.storage_offset() % 8 for t in (codes, packed))
+    return codes.shape[1] * bits % 8 == 0 and codes.numel() % 128 == 0 and not any(offsets)
 
 
 def _pack_triton(codes: Tensor, bits: int) -> Tensor:
@@ -311,9 +334,13 @@ def _pack_triton(codes: Tensor, bits: int) -> Tensor:
     if not packed.numel():
         return packed
     if _one_stream(codes, packed, bits):
-        out = packed.view(-1).view(_WHOLE.get(bits, torch.int32))
         words = codes.view(-1).view(torch.int64)
-        _pack_kernel[_grid(out.numel(), _BLOCK)](words, out, words.numel(), out.numel(), BITS=bits, BLOCK=_BLOCK)
+        out = packed.view(-1).view(_WHOLE.get(bits, torch.int32))
+        if bits in _WHOLE:
+            _pack_kernel[_grid(words.numel(), _BLOCK)](words, out, words.numel(), BITS=bits, BLOCK=_BLOCK)
+        else:
+            lines, wide = words.numel() // 16, 16 if bits == 3 else 32
+            _pack_odd_kernel[_grid(lines, _LINES)](words, out, lines, BITS=bits, WIDE=wide, BLOCK=_LINES)
     else:
         most = -(-(8 + bits - math.gcd(8, bits)) // bits)
         sizes = (codes.shape[1], packed.shape[1], packed.numel())
@@ -327,10 +354,14 @@ def _unpack_triton(packed: Tensor, bits: int, columns: int, signed: bool) -> Ten
     if not codes.numel():
         return codes
     if _one_stream(codes, packed, bits):
-        stream = packed.view(-1).view(_WHOLE.get(bits, torch.int64))
         words = codes.view(-1).view(torch.int64)
-        count, total = words.numel(), stream.numel()
-        _unpack_kernel[_grid(count, _BLOCK)](stream, words, count, total, BITS=bits, SIGNED=signed, BLOCK=_BLOCK)
+        stream = packed.view(-1).view(_WHOLE.get(bits, torch.int64))
+        count, lines = words.numel(), words.numel() // 16
+        if bits in _WHOLE:
+            _unpack_kernel[_grid(count, _BLOCK)](stream, words, count, BITS=bits, SIGNED=signed, BLOCK=_BLOCK)
+        else:
+            odd = {"BITS": bits, "SIGNED": signed, "WIDE": 8 if bits == 3 else 16, "BLOCK": _LINES}
+            _unpack_odd_kernel[_grid(lines, _LINES)](stream, words, lines, **odd)
     else:
         sizes = (columns, packed.shape[1], codes.numel())
         _unpack_bytes_kernel[_grid(codes.numel(), _FEW)](packed, codes, *sizes, BITS=bits, SIGNED=signed, BLOCK=_FEW)
@@ -341,28 +372,25 @@ pack = Op("pack", _pack, _pack_fake, _pack_triton)
 unpack = Op("unpack", _unpack, _codes, _unpack_triton)
 
 
-def _case(name: str, kernel: Kernel, source: str, target: str, sizes: tuple[str, ...], **constants: Any) -> AotCase:
-    """Where bits are no power of two, a thread's word is put together from two; byte by byte nothing is wide."""
-    to_bytes = kernel is _pack_kernel or kernel is _pack_bytes_kernel
-    pointers = {"codes": source, "packed": target} if to_bytes else {"packed": source, "codes": target}
-    single = kernel is _pack_bytes_kernel or kernel is _unpack_bytes_kernel
-    return AotCase(
-        f"{name} {constants['BITS']} bits",
-        kernel,
-        pointers | dict.fromkeys(sizes, "i32"),
-        {**constants, "BLOCK": _FEW if single else _BLOCK},
-        aligned=("codes", "packed") if single else None if constants["BITS"] in _WHOLE else (*pointers, *sizes),
-    )
+def _case(kernel: Kernel, pointers: dict[str, str], block: int, sizes: tuple[str, ...], **constants: Any) -> AotCase:
+    """The kernels for bytes are there for sizes and addresses of which nothing is known."""
+    name = f"{kernel.function.__name__.strip('_').removesuffix('_kernel')} {constants['BITS']} bits"
+    signature, constants = pointers | dict.fromkeys(sizes, "i32"), {**constants, "BLOCK": block}
+    return AotCase(name, kernel, signature, constants, aligned=() if "row" in sizes else None)
 
 
-_STREAM, _ROWS = ("words", "total"), ("columns", "row", "total")
+_WORDS = {"packed": "*i64", "codes": "*i64"}
+_TYPES = ((2, "*i16"), (4, "*i32"), (8, "*i64"))
+_ODD = ((3, 16), (5, 32), (6, 32), (7, 32))
+_ROWS = ("columns", "row", "total")
 AOT = (
-    *(_case("pack", _pack_kernel, "*i64", t, _STREAM, BITS=b) for b, t in ((2, "*i16"), (4, "*i32"), (8, "*i64"))),
-    *(_case("pack", _pack_kernel, "*i64", "*i32", _STREAM, BITS=b) for b in (3, 5, 6)),
+    *(_case(_pack_kernel, {"codes": "*i64", "packed": t}, _BLOCK, ("words",), BITS=b) for b, t in _TYPES),
     *(
-        _case("unpack", _unpack_kernel, s, "*i64", _STREAM, BITS=b, SIGNED=True)
-        for b, s in ((2, "*i16"), (4, "*i32"), (8, "*i64"), (3, "*i64"), (5, "*i64"), (6, "*i64"))
+        _case(_unpack_kernel, {"packed": t, "codes": "*i64"}, _BLOCK, ("words",), BITS=b, SIGNED=True)
+        for b, t in _TYPES
     ),
-    _case("pack bytes", _pack_bytes_kernel, "*i8", "*u8", _ROWS, BITS=3, MOST=4),
-    _case("unpack bytes", _unpack_bytes_kernel, "*u8", "*i8", _ROWS, BITS=3, SIGNED=True),
+    *(_case(_pack_odd_kernel, _WORDS | {"packed": "*i32"}, _LINES, ("lines",), BITS=b, WIDE=w) for b, w in _ODD),
+    *(_case(_unpack_odd_kernel, _WORDS, _LINES, ("lines",), BITS=b, SIGNED=True, WIDE=w // 2) for b, w in _ODD),
+    _case(_pack_bytes_kernel, {"codes": "*i8", "packed": "*u8"}, _FEW, _ROWS, BITS=3, MOST=4),
+    _case(_unpack_bytes_kernel, {"packed": "*u8", "codes": "*i8"}, _FEW, _ROWS, BITS=3, SIGNED=True),
 )

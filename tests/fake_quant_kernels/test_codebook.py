@@ -3,7 +3,7 @@
 Mutations that were tried, and the test that turned red:
 
     bucketize(..., right=True): ties to the upper level     test_ties_go_to_the_lower_level
-    midpoints by (a + b) / 2 with a wrong neighbour         test_nearest_level
+    midpoints (a + b) * 0.4                                 test_nearest_level
     a digit of NF4                                          test_tables_are_those_of_the_consumers
     `- v * inside` left out of ds                           test_gradients
 """

@@ -3,7 +3,7 @@
 Mutations that were tried, and the test that turned red:
 
     LEAD["e2m1"] 2 -> 1                         test_shared_exponents
-    denormal amax given the byte of 2^-126      test_shared_exponents
+    byte 0 as 2^-126                            test_shared_exponents
     half to even -> half away                   test_every_number_and_midpoint
     numbers above 6 not clamped                 test_every_number_and_midpoint
 """

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qat.fake_quant_kernels import float8, nvfp4
+from qat.fake_quant_kernels.elements import e2m1_numbers
 
 
 def numbers(seed: int = 0) -> Tensor:
@@ -73,6 +74,7 @@ def test_small_blocks_keep_a_scale() -> None:
 def test_compressed_tensors_decodes_the_fake_quantized_numbers() -> None:
     base = pytest.importorskip("compressed_tensors.compressors", reason="needs compressed-tensors").BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
 
     arguments = QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16)
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
@@ -87,6 +89,10 @@ def test_compressed_tensors_decodes_the_fake_quantized_numbers() -> None:
         }
         theirs = base.get_value_from_registry("nvfp4-pack-quantized").decompress(state, scheme)["weight"]
         assert torch.equal(theirs.float(), nvfp4.fake(w, scales, tensor, True, theirs.dtype).float())
+        # the same function in fp32, where its division shows
+        u = e2m1_numbers(codes)
+        wide = dequantize(u, scales.float(), args=arguments, global_scale=tensor.reshape(1), dtype=torch.float32)
+        assert torch.equal(wide, nvfp4.fake(w, scales, tensor, True, torch.float32))
 
 
 def test_ggml_decodes_the_fake_quantized_numbers() -> None:

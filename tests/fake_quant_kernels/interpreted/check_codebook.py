@@ -2,7 +2,7 @@
 
 Mutations of `elements.nearest` and `blocks` that were tried, and what turned red:
 
-    v <= midpoint -> v < midpoint                               check_midpoints
+    v <= midpoint -> v < midpoint                               test_midpoints
     two midpoints of the tree exchanged (m5 and m9)             test_families
     code & 15 of the upper half left out in dequantize_kernel   test_families
 """

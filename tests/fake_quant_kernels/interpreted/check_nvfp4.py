@@ -4,7 +4,6 @@ Mutations that were tried, and what turned red:
 
     f / T computed as f * (1 / T)                       test_families
     the lower bound 2^-9 of f left out                  test_families (zero groups)
-    inv_peak after the tensor's scale                   test_families
 """
 
 from __future__ import annotations
