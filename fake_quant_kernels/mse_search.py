@@ -356,8 +356,8 @@ def _launch(
     table, second = _fields(low, high, kind, lo, hi, inv_reach, storage, smallest, largest, half)
     sums = torch.empty(runs, factors.shape[0], total, device=w.device)
     _partial_kernel[(-(-total * runs // 4),)](
-        w, h, table, table if second is None else second, sums, size, runs, total, period,
-        float(lo), float(hi), _LOWEST, COUNT=factors.shape[0], BLOCK=_LONG_RUN, LEVELS=_LONG_RUN.bit_length() - 1, GROUPS=4, KIND=kind,
+        w, h, table, table if second is None else second, sums, size, runs, total, period, float(lo), float(hi),
+        _LOWEST, COUNT=factors.shape[0], BLOCK=_LONG_RUN, LEVELS=_LONG_RUN.bit_length() - 1, GROUPS=4, KIND=kind,
         WEIGHTED=importance is not None, EVEN=size % _LONG_RUN == 0 and total * runs % 4 == 0, num_warps=4,
     )  # fmt: skip
     scale, offset, error = _chosen(_tree(sums), table, second)

@@ -32,11 +32,13 @@ def storage_code(storage: torch.dtype) -> int:
 def _stored(value: Tensor, storage: torch.dtype) -> Tensor:
     """Finite fp32 within the range of `storage` -> its nearest number as fp32.
 
-    On bits, not by casts there and back: torch.compile drops such a pair of casts where it fuses, and the rounding with
-    it (and a cast to e8m0 exists on few devices).
+    On bits where it is compiled: torch.compile drops a pair of casts there and back where it fuses, and the rounding
+    with it (and a cast to e8m0 exists on few devices).
     """
     if storage == torch.float32:
         return value
+    if storage in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
+        return value.to(storage).float()
     bits = value.view(torch.int32)
     if storage == _E8M0:
         # half an octave up, then the exponent alone

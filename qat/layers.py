@@ -142,13 +142,15 @@ def swapped_class(original: type[nn.Module]) -> Any:
 def weight_quantizers(layer: nn.Module) -> dict[str, Quantizer]:
     """Weight name -> quantizer, tied ones included."""
     op: LayerOp = layer._qat.op  # type: ignore[assignment, union-attr]
-    found = {name: getattr(layer, f"{name}_quantizer", None) for name in op.kinds(layer)}
-    return {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+    # a tied one is no child; both dicts are asked by hand because a missing attribute is slow to miss
+    places = [(name, f"{name}_quantizer") for name in op.kinds(layer)]
+    found = {name: layer._modules.get(child) or layer.__dict__.get(child) for name, child in places}
+    return {name: quantizer for name, quantizer in found.items() if isinstance(quantizer, Quantizer)}
 
 
 def input_quantizer(layer: nn.Module) -> Quantizer | None:
-    found: Quantizer | None = getattr(layer, "input_quantizer", None)
-    return found
+    found = layer._modules.get("input_quantizer")
+    return found if isinstance(found, Quantizer) else None
 
 
 def layer_quantizers(layer: nn.Module) -> list[Quantizer]:

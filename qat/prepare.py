@@ -83,6 +83,7 @@ def prepare(
     else:
         state.record.recipe = to_dict(recipe)
     state.code_cache, state.real = code_cache, real
+    _keep_freed_memory()
     try:
         _insert(model, state, found, search)
     except Exception:
@@ -91,6 +92,16 @@ def prepare(
         raise
     log.info("%d layers prepared, %.2f %% of the parameters", len(found.rows), found.coverage)
     return found
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next one.
+
+    It returns freed blocks to the system while they are larger than any that it has seen freed (up to 32 MiB), and the
+    next step pays for their pages again: 5,500 page faults, a tenth of a CPU step of a block with 3 million weights.
+    One freed block of that size, whose pages were never touched, teaches it better.
+    """
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
 
 
 def _insert(model: nn.Module, state: QATState, found: Plan, search: bool) -> None:
