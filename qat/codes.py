@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from qat.qtensor import Fields
+from qat.fake_quant_kernels import rowwise4
+from qat.fake_quant_kernels.pack import pack_halves
 from qat.quantizers import Quantizer
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 # codes, scale, zero, minimum
 Entry = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+# how codes lie: int8 or uint8 [R, K]; two in a byte (`pack.pack_halves`); two in a byte with their scale (`rowwise4`)
+PLAIN, HALVES, ROWS = "plain", "halves", "rows"
 
 
 class CodeCache:
@@ -37,6 +41,7 @@ class CodeCache:
     def __init__(self) -> None:
         self.enabled = True
         self.entries: dict[str, Entry] = {}
+        self.forms: dict[str, str] = {}
         self._owners: dict[str, weakref.ref[Tensor]] = {}
         # the parameters, weights and learned scales, that codes come from
         self._sources: dict[str, dict[int, weakref.ref[Tensor]]] = {}
@@ -70,15 +75,17 @@ class CodeCache:
         owner = self._owners.get(key)
         return self.enabled and owner is not None and owner() is w
 
-    def quantized(self, key: str, w: Tensor, w_RK: Tensor, quantizer: Quantizer, packed: bool) -> tuple[Entry, bool]:
-        """(codes and fields, whether they are kept); eager mode only."""
+    def quantized(
+        self, key: str, w: Tensor, w_RK: Tensor, quantizer: Quantizer, compiled: bool = False
+    ) -> tuple[Entry, str, bool]:
+        """(codes and fields, their form, whether they are kept); eager mode only. compiled: in a form for graphs."""
         if not self.owns(key, w):
-            return quantize(quantizer, w_RK, False), False
+            return quantize(quantizer, w_RK, False), PLAIN, False
         token = _token(w, quantizer)
         if key not in self.entries or self._tokens.get(key) != token:
-            self.entries[key] = quantize(quantizer, w_RK, packed)
+            self.entries[key], self.forms[key] = _kept(quantizer, w_RK, compiled)
             self._tokens[key] = token
-        return self.entries[key], True
+        return self.entries[key], self.forms[key], True
 
     @property
     def nbytes(self) -> int:
@@ -108,9 +115,29 @@ def quantize(quantizer: Quantizer, w_RK: Tensor, packed: bool) -> Entry:
     return codes, fields.scale, fields.zero, fields.minimum
 
 
+def _kept(quantizer: Quantizer, w_RK: Tensor, compiled: bool) -> tuple[Entry, str]:
+    spec = quantizer.live_spec
+    if not packs(spec, w_RK):
+        return quantize(quantizer, w_RK, False), PLAIN
+    fp16 = spec.scale_grid.name in ("portable", "fp16") and spec.zero_point == "none"
+    if compiled or not fp16 or w_RK.device.type != "cpu":
+        return quantize(quantizer, w_RK, True), HALVES
+    codes, scale, *rest = quantize(quantizer, w_RK, False)
+    if rowwise4.holds(codes, scale):
+        return (rowwise4.pack(codes, scale), scale, *rest), ROWS
+    return (pack_halves(codes), scale, *rest), HALVES
+
+
 def packs(spec: QuantSpec, w_RK: Tensor) -> bool:
     """Whether two codes fit into a byte."""
     return spec.bits <= 4 and w_RK.shape[1] % 2 == 0
+
+
+def bytes_of(spec: QuantSpec, w_RK: Tensor) -> int:
+    """What an entry takes at most."""
+    scales = 1 if spec.granularity == "tensor" else w_RK.shape[0] * spec.groups(w_RK.shape[1])
+    fields = 1 if spec.zero_point == "none" else 2
+    return w_RK.numel() // 2 + 4 * scales * (fields + 1) if packs(spec, w_RK) else w_RK.numel() + 4 * scales * fields
 
 
 def _token(w: Tensor, quantizer: Quantizer) -> Any:
@@ -134,7 +161,3 @@ def _version(t: Tensor) -> int:
 def stays(w: nn.Parameter | None) -> bool:
     """Whether a layer's parameter keeps its storage between forwards: not a shard, not on the meta device."""
     return w is not None and not w.is_meta and not hasattr(w, "placements") and not hasattr(w, "ds_id")
-
-
-def fields_of(entry: Entry) -> Fields:
-    return Fields(*entry[1:])

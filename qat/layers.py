@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.codes import CodeCache, Entry, packs, quantize
+from qat.codes import PLAIN, ROWS, CodeCache, Entry, quantize
 from qat.fake_quant_kernels import int8_linear
 from qat.fake_quant_kernels.dispatch import uncompiled
 from qat.node import Call, KeepInGraph, QuantizedLayer, Slot, inside, no_autocast, random_state
@@ -82,6 +82,8 @@ class Live:
     # dtypes of the last active forward: what the quantizer read and what it gave (export runs the same path)
     latent_dtype: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
+    # it has been compiled: its codes are made after each step, in a form for graphs, not in its first forward
+    traced: bool = False
     # codes of 8-bit weights and inputs are multiplied as integers where the machine can
     real: bool = True
     cache: CodeCache = field(default_factory=CodeCache)
@@ -213,14 +215,15 @@ def _weight(live: Live, key: str, w: Tensor, quantizer: Quantizer | None) -> tup
         return None, _NOTHING
     spec, layout, cache = quantizer.live_spec, quantizer.layout, live.cache
     w_RK = layout.to_rows(w.detach())
-    packed = packs(spec, w_RK)
     if torch.compiler.is_compiling():
+        live.traced = True
         found = cache.entries.get(key)
-        keep = found is not None
-        entry: Entry = found if found is not None else quantize(quantizer, w_RK, False)
+        keep = found is not None and cache.forms[key] != ROWS
+        entry: Entry = found if found is not None and keep else quantize(quantizer, w_RK, False)
+        form = cache.forms[key] if keep else PLAIN
     else:
-        entry, keep = cache.quantized(key, w, w_RK, quantizer, packed)
-    slot = Slot(quantizer, spec, layout, packed and keep, keep)
+        entry, form, keep = cache.quantized(key, w, w_RK, quantizer, live.traced)
+    slot = Slot(quantizer, spec, layout, form, keep)
     if torch.is_grad_enabled() and any(p.requires_grad for p in quantizer.learned()):
         return slot, (entry[0], *_visible(quantizer.qparams(w_RK.float()), entry[1]))
     return slot, entry
@@ -288,7 +291,13 @@ def _multiplies_codes(
     if not isinstance(op, LinearOp) or op.transposed or blend is not None or x_slot is None or w_slot is None:
         return False
     codes, scale, zero, minimum = w_quantized
-    if w_slot.packed or zero is not None or minimum is not None or scale.shape[1] != 1 or x_quantized[3] is not None:
+    if (
+        w_slot.form != PLAIN
+        or zero is not None
+        or minimum is not None
+        or scale.shape[1] != 1
+        or x_quantized[3] is not None
+    ):
         return False
     assert x_quantized[0] is not None
     return not int8_linear.reasons(x_quantized[0], codes, dtype, x_quantized[2] is not None)

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.codes import HALVES, PLAIN, ROWS
+from qat.fake_quant_kernels import rowwise4
 from qat.fake_quant_kernels.affine import decode, vjp
 from qat.fake_quant_kernels.int8_linear import int8_linear
 from qat.layout import Layout
@@ -78,7 +80,8 @@ class Slot:
     quantizer: Quantizer
     spec: QuantSpec
     layout: Layout
-    packed: bool = False
+    # how the codes lie (`qat.codes`)
+    form: str = PLAIN
     # codes are saved for backward
     keep: bool = True
 
@@ -88,12 +91,16 @@ class Slot:
     def hat(self, t: Tensor, quantized: Sequence[Tensor | None], blend: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The fake-quantized tensor in `dtype`; between strengths 0 and 1 on the way from t to it."""
         codes, scale, zero, minimum = quantized
-        packed = self.packed
-        if codes is None:
-            packed = False
-            given = None if self.quantizer.identity_gradient else Fields(scale, zero, minimum)  # type: ignore[arg-type]
-            codes, (scale, zero, minimum) = self.quantizer.quantize(self.rows(t.detach()), self.spec, given)
-        rows = decode(codes, scale, zero, minimum, dtype, packed, self.spec.signed)  # type: ignore[arg-type]
+        if self.form == ROWS:
+            rows = rowwise4.decode(codes, self.layout.rows_shape, dtype)  # type: ignore[arg-type]
+        else:
+            packed = self.form == HALVES
+            if codes is None:
+                packed = False
+                dynamic = self.quantizer.identity_gradient
+                given = None if dynamic else Fields(scale, zero, minimum)  # type: ignore[arg-type]
+                codes, (scale, zero, minimum) = self.quantizer.quantize(self.rows(t.detach()), self.spec, given)
+            rows = decode(codes, scale, zero, minimum, dtype, packed, self.spec.signed)  # type: ignore[arg-type]
         fake = self.layout.from_rows(rows)
         return fake if blend is None else torch.lerp(t.to(dtype), fake, blend.to(dtype))
 

@@ -34,7 +34,15 @@ from qat.quantizers import Quantizer, make_quantizer
 from qat.recipes import load_recipe, to_dict
 from qat.recipes.schema import Recipe
 from qat.state import CHILD, QATState, require_state, state_of, structure
-from qat.steps import apply_schedule, initialize, prepared_root, qat_layers, search_scales, weights_changed
+from qat.steps import (
+    apply_schedule,
+    initialize,
+    prepared_root,
+    qat_layers,
+    refresh_codes,
+    search_scales,
+    weights_changed,
+)
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +129,8 @@ def _insert(model: nn.Module, state: QATState, found: Plan, search: bool) -> Non
     apply_schedule(model)
     for layer in qat_layers(model).values():
         layer._qat.root, layer._qat.real = state, state.real
-    weights_changed(model)
+    # now: a model that is compiled next finds them
+    refresh_codes(model, at_once=True)
     state.on_load = partial(_loaded, model)
     state.on_float = partial(_loaded_float, model)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from qat.codes import packs, stays
+from qat.codes import bytes_of, stays
 from qat.errors import QATError
 from qat.layers import QATLayer, input_quantizer, layer_quantizers, weight_quantizers
 from qat.quantizers import Quantizer
@@ -126,10 +126,15 @@ def apply_schedule(model: nn.Module, step: int | None = None) -> State:
 
 def weights_changed(model: nn.Module) -> None:
     """Say that weights were changed by something else than `torch.optim`, a load, or `qat` (an averaged copy swapped
-    in, an edit through `.data`): their codes are computed anew.
+    in, an edit through `.data`): their codes are computed anew, at once for compiled layers, else when next used.
 
     Until the next change compiled code, too, uses these codes.
     """
+    refresh_codes(model, at_once=False)
+
+
+def refresh_codes(model: nn.Module, at_once: bool) -> None:
+    """`weights_changed`; at_once: compute them now for layers that are not compiled (yet) as well."""
     state = require_state(model)
     budget = float("inf") if state.code_cache is True else float(state.code_cache)
     for layer in qat_layers(model).values():
@@ -142,10 +147,10 @@ def weights_changed(model: nn.Module) -> None:
                 continue
             assert weight is not None
             live.cache.own(key, weight, quantizer)
-            if live.active:
-                w_RK = quantizer.layout.to_rows(weight.detach())
-                entry, _ = live.cache.quantized(key, weight, w_RK, quantizer, packs(quantizer.live_spec, w_RK))
-                budget -= sum(t.nbytes for t in entry if t is not None)
+            w_RK = quantizer.layout.to_rows(weight.detach())
+            budget -= bytes_of(quantizer.live_spec, w_RK)
+            if live.active and (live.traced or at_once):
+                live.cache.quantized(key, weight, w_RK, quantizer, compiled=True)
 
 
 def _prefix(model: nn.Module, state: QATState) -> str:
