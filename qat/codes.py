@@ -122,10 +122,10 @@ def _kept(quantizer: Quantizer, w_RK: Tensor, compiled: bool) -> tuple[Entry, st
     fp16 = spec.scale_grid.name in ("portable", "fp16") and spec.zero_point == "none"
     if compiled or not fp16 or w_RK.device.type != "cpu":
         return quantize(quantizer, w_RK, True), HALVES
-    codes, scale, *rest = quantize(quantizer, w_RK, False)
+    codes, scale, zero, minimum = quantize(quantizer, w_RK, False)
     if rowwise4.holds(codes, scale):
-        return (rowwise4.pack(codes, scale), scale, *rest), ROWS
-    return (pack_halves(codes), scale, *rest), HALVES
+        return (rowwise4.pack(codes, scale), scale, zero, minimum), ROWS
+    return (pack_halves(codes), scale, zero, minimum), HALVES
 
 
 def packs(spec: QuantSpec, w_RK: Tensor) -> bool:

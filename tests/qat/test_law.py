@@ -41,6 +41,7 @@ from torch import Tensor
 import qat
 from qat.codes import packs
 from qat.export.format import Format
+from qat.fake_quant_kernels import rowwise4
 from qat.fake_quant_kernels.affine import decode
 from qat.layout import Layout
 from qat.plan import PlanRow
@@ -104,6 +105,13 @@ def assert_law(quantizer: Quantizer, w: Tensor, held_by: list[Format], count: Co
         hat = decode(codes, *fields, w.dtype, packed, spec.signed)
         assert torch.equal(hat.reshape(w.shape), fake), f"{context}: layer, packed={packed}"
         count["layer"] += 1
+    codes, fields = quantizer.quantize(rows, spec)
+    if packs(spec, rows) and fields.zero is None and fields.minimum is None and rowwise4.holds(codes, fields.scale):
+        if torch.equal(fields.scale.half().float(), fields.scale):
+            shape = (rows.shape[0], rows.shape[1])
+            hat = rowwise4.decode(rowwise4.pack(codes, fields.scale), shape, w.dtype)
+            assert torch.equal(hat.reshape(w.shape), fake), f"{context}: rows"
+            count["layer"] += 1
     count["forward"] += 1
     for fmt in held_by:
         if not torch.equal(scale.to(w.dtype).float(), scale):
