@@ -65,8 +65,8 @@ class QATCallback(AnyCallback):
         *,
         overrides: Sequence[str] = (),
         rehearse: bool = True,
-        code_cache: bool | int = True,
-        real: bool = True,
+        code_cache: bool | int | None = None,
+        real: bool | None = None,
     ) -> None:
         if isinstance(recipe, Recipe):
             if overrides:

@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +36,11 @@ __all__ = [
     "Op",
     "choice",
     "constant",
+    "on_device_of_first",
     "tl",
     "triton_reasons",
     "uncompiled",
     "uses_triton",
-    "version",
 ]
 
 CHOICES = ("", "reference", "triton")
@@ -63,7 +64,23 @@ def triton_reasons(device: torch.device) -> list[str]:
         found.append("the tensor is on the CPU, where Triton runs only with TRITON_INTERPRET=1 set before the start")
     elif device.type not in ("cpu", "cuda"):
         found.append(f"there are no kernels for {device.type}")
+    elif device.type == "cuda" and (reason := _contracts(device.index or 0)):
+        found.append(reason)
     return found
+
+
+@functools.cache
+def _contracts(index: int) -> str:
+    """Why this Triton's assembler cannot be trusted with this GPU; empty if it can (found by `make aot`)."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(index) < (10, 0):
+        return ""
+    found = version("triton")
+    if tuple(int(part) for part in found.split(".")[:2]) >= (3, 9):
+        return ""
+    return (
+        f"Triton {found} fuses multiplications and additions on this GPU although it is told not to, which flips "
+        "codes; install triton>=3.9"
+    )
 
 
 def constant(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,7 +115,19 @@ def uses_triton(device: torch.device) -> bool:
         if reasons:
             raise QATError(f"QAT_KERNELS=triton cannot be followed: {'; '.join(reasons)}")
         return True
-    return choice == "" and _HAS_TRITON and device.type == "cuda"
+    return choice == "" and _HAS_TRITON and device.type == "cuda" and not triton_reasons(device)
+
+
+def on_device_of_first(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher that runs on the device of its first tensor: Triton launches on the current one, whichever that is."""
+
+    @functools.wraps(launcher)
+    def launch(first: Any, *rest: Any, **named: Any) -> Any:
+        tensor = first if isinstance(first, Tensor) else first[0]
+        with torch.cuda.device(tensor.device):
+            return launcher(first, *rest, **named)
+
+    return launch
 
 
 class Op:
@@ -117,7 +146,7 @@ class Op:
     ) -> None:
         self.name, self.reference, self.triton = name, reference, triton
         custom = torch.library.custom_op(f"qat::{name}", reference, mutates_args=(), device_types="cpu")
-        custom.register_kernel("cuda")(triton)
+        custom.register_kernel("cuda")(on_device_of_first(triton))
         custom.register_fake(fake)
         self.custom = custom
         self.__doc__ = reference.__doc__
@@ -196,9 +225,3 @@ class AotCase:
     min_arch: int = 80
     hip: bool = True
     max_registers: int = 128
-
-
-def version() -> str:
-    """Of Triton, or "none"."""
-    module = sys.modules.get("triton")
-    return str(module.__version__) if module is not None else "none"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qat.errors import QATError
 from qat.fake_quant_kernels.device import project
-from qat.fake_quant_kernels.dispatch import AotCase, Kernel, tl, uses_triton
+from qat.fake_quant_kernels.dispatch import AotCase, Kernel, on_device_of_first, tl, uses_triton
 from qat.fake_quant_kernels.dynamic import dynamic_absmax
 from qat.fake_quant_kernels.rows import TILE, code_dtype, geometry, nibbles, rounded
 from qat.fake_quant_kernels.storage import storage_code
@@ -93,7 +93,7 @@ def _launch(
 _op = torch.library.custom_op(
     "qat::multi_absmax", _reference, mutates_args=("codes", "scales"), device_types="cpu", schema=_SCHEMA
 )
-_op.register_kernel("cuda")(_launch)
+_op.register_kernel("cuda")(on_device_of_first(_launch))
 _op.register_fake(lambda *_: None)
 
 

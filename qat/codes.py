@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from qat.fake_quant_kernels import rowwise4
 from qat.fake_quant_kernels.pack import pack_halves
@@ -40,8 +40,8 @@ class CodeCache:
 
     def __init__(self) -> None:
         self.enabled = True
-        self.entries: dict[str, Entry] = {}
-        self.forms: dict[str, str] = {}
+        # the weight, its codes and fields, their form
+        self.entries: dict[str, tuple[Tensor, Entry, str]] = {}
         self._owners: dict[str, weakref.ref[Tensor]] = {}
         # the parameters, weights and learned scales, that codes come from
         self._sources: dict[str, dict[int, weakref.ref[Tensor]]] = {}
@@ -62,6 +62,10 @@ class CodeCache:
         self._owners[key] = weakref.ref(w)
         self._sources[key] = {id(t): weakref.ref(t) for t in (w, *quantizer.learned())}
 
+    def disown(self, key: str) -> None:
+        """No codes of this weight are kept."""
+        self._owners.pop(key, None)
+
     def comes_from(self, moved: set[int]) -> bool:
         """Whether codes here come from a parameter whose id is among `moved`."""
         return any(i in moved and ref() is not None for refs in self._sources.values() for i, ref in refs.items())
@@ -73,7 +77,7 @@ class CodeCache:
     def owns(self, key: str, w: Tensor) -> bool:
         """Whether codes of w may be kept."""
         owner = self._owners.get(key)
-        return self.enabled and owner is not None and owner() is w
+        return self.enabled and owner is not None and owner() is w and stays(w)
 
     def quantized(
         self, key: str, w: Tensor, w_RK: Tensor, quantizer: Quantizer, compiled: bool = False
@@ -83,14 +87,16 @@ class CodeCache:
             return quantize(quantizer, w_RK, False), PLAIN, False
         token = _token(w, quantizer)
         if key not in self.entries or self._tokens.get(key) != token:
-            self.entries[key], self.forms[key] = _kept(quantizer, w_RK, compiled)
+            # in inference mode too: they are saved for backward next
+            with torch.inference_mode(False):
+                self.entries[key] = (w, *_kept(quantizer, w_RK, compiled))
             self._tokens[key] = token
-        return self.entries[key], self.forms[key], True
+        return *self.entries[key][1:], True
 
     @property
     def nbytes(self) -> int:
         """Bytes that the entries hold."""
-        return sum(t.nbytes for entry in self.entries.values() for t in entry if t is not None)
+        return sum(t.nbytes for _, entry, _ in self.entries.values() for t in entry if t is not None)
 
 
 _caches: weakref.WeakSet[CodeCache] = weakref.WeakSet()
@@ -105,7 +111,24 @@ def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             cache.forget()
 
 
+def _steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    # it moves weights and runs forwards in turn; compiled code would not notice
+    if isinstance(optimizer, torch.optim.LBFGS):
+        for cache in _caches:
+            cache.enabled = False
+            cache.forget()
+
+
+register_optimizer_step_pre_hook(_steps)
 register_optimizer_step_post_hook(_stepped)
+
+
+def forget_codes_of(module: nn.Module) -> None:
+    """Its weights change: their codes go, also those of other layers that are tied to it."""
+    changed = {id(p) for p in module.parameters()}
+    for cache in _caches:
+        if cache.comes_from(changed):
+            cache.forget()
 
 
 @torch.no_grad()
@@ -117,7 +140,7 @@ def quantize(quantizer: Quantizer, w_RK: Tensor, packed: bool) -> Entry:
 
 def _kept(quantizer: Quantizer, w_RK: Tensor, compiled: bool) -> tuple[Entry, str]:
     spec = quantizer.live_spec
-    if not packs(spec, w_RK):
+    if not packs(spec, w_RK.shape[1]):
         return quantize(quantizer, w_RK, False), PLAIN
     fp16 = spec.scale_grid.name in ("portable", "fp16") and spec.zero_point == "none"
     if compiled or not fp16 or w_RK.device.type != "cpu":
@@ -128,16 +151,20 @@ def _kept(quantizer: Quantizer, w_RK: Tensor, compiled: bool) -> tuple[Entry, st
     return (pack_halves(codes), scale, zero, minimum), HALVES
 
 
-def packs(spec: QuantSpec, w_RK: Tensor) -> bool:
-    """Whether two codes fit into a byte."""
-    return spec.bits <= 4 and w_RK.shape[1] % 2 == 0
+def packs(spec: QuantSpec, columns: int) -> bool:
+    """Whether two codes of rows of `columns` fit into a byte."""
+    return spec.bits <= 4 and columns % 2 == 0
 
 
 def bytes_of(spec: QuantSpec, w_RK: Tensor) -> int:
     """What an entry takes at most."""
     scales = 1 if spec.granularity == "tensor" else w_RK.shape[0] * spec.groups(w_RK.shape[1])
     fields = 1 if spec.zero_point == "none" else 2
-    return w_RK.numel() // 2 + 4 * scales * (fields + 1) if packs(spec, w_RK) else w_RK.numel() + 4 * scales * fields
+    return (
+        w_RK.numel() // 2 + 4 * scales * (fields + 1)
+        if packs(spec, w_RK.shape[1])
+        else w_RK.numel() + 4 * scales * fields
+    )
 
 
 def _token(w: Tensor, quantizer: Quantizer) -> Any:
@@ -158,6 +185,6 @@ def _version(t: Tensor) -> int:
     return -1 if t.is_inference() else t._version
 
 
-def stays(w: nn.Parameter | None) -> bool:
+def stays(w: Tensor | None) -> bool:
     """Whether a layer's parameter keeps its storage between forwards: not a shard, not on the meta device."""
     return w is not None and not w.is_meta and not hasattr(w, "placements") and not hasattr(w, "ds_id")

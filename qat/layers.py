@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.codes import PLAIN, ROWS, CodeCache, Entry, quantize
+from qat.codes import PLAIN, ROWS, CodeCache, Entry, forget_codes_of, packs, quantize
 from qat.fake_quant_kernels import int8_linear
 from qat.fake_quant_kernels.dispatch import uncompiled
 from qat.node import Call, KeepInGraph, QuantizedLayer, Slot, inside, no_autocast, random_state
@@ -115,11 +115,11 @@ class QATLayer(nn.Module):
         return _quantized(self, live, args, kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._qat.cache.forget()
+        forget_codes_of(self)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._qat.cache.forget()
+        forget_codes_of(self)
         super()._load_from_state_dict(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -217,10 +217,11 @@ def _weight(live: Live, key: str, w: Tensor, quantizer: Quantizer | None) -> tup
     w_RK = layout.to_rows(w.detach())
     if torch.compiler.is_compiling():
         live.traced = True
-        found = cache.entries.get(key)
-        keep = found is not None and cache.forms[key] != ROWS
+        # codes of another tensor (functional_call, a Parameter that was replaced) are not this one's
+        source, found, form = cache.entries.get(key, (None, None, PLAIN))
+        keep = source is w and form != ROWS
         entry: Entry = found if found is not None and keep else quantize(quantizer, w_RK, False)
-        form = cache.forms[key] if keep else PLAIN
+        form = form if keep else PLAIN
     else:
         entry, form, keep = cache.quantized(key, w, w_RK, quantizer, live.traced)
     slot = Slot(quantizer, spec, layout, form, keep)
@@ -263,11 +264,16 @@ class _Recent(threading.local):
         self.found: Any = None
 
     def quantized(self, x: Tensor, slot: Slot) -> Any:
-        key = (slot.quantizer.name, slot.spec, -1 if x.is_inference() else x._version)
+        if x.is_inference():
+            # nothing tells whether it was changed in place
+            return slot.quantizer.quantize(slot.rows(x.detach()), slot.spec)
+        key = (slot.quantizer.name, slot.spec, x._version)
         if self.x is None or self.x() is not x or self.key != key:
             # gone with x, so that nothing outlives the layers that share it
             self.x, self.key = weakref.ref(x, self._gone), key
-            self.found = slot.quantizer.quantize(slot.rows(x.detach()), slot.spec)
+            # in inference mode too: the same tensor may be trained on next
+            with torch.inference_mode(False):
+                self.found = slot.quantizer.quantize(slot.rows(x.detach()), slot.spec)
         return self.found
 
     def _gone(self, ref: Any) -> None:
@@ -291,13 +297,9 @@ def _multiplies_codes(
     if not isinstance(op, LinearOp) or op.transposed or blend is not None or x_slot is None or w_slot is None:
         return False
     codes, scale, zero, minimum = w_quantized
-    if (
-        w_slot.form != PLAIN
-        or zero is not None
-        or minimum is not None
-        or scale.shape[1] != 1
-        or x_quantized[3] is not None
-    ):
+    asymmetric = zero is not None or minimum is not None or x_quantized[3] is not None
+    # by the spec, not by the form: whether codes are kept must change no number
+    if packs(w_slot.spec, w_slot.layout.rows_shape[1]) or asymmetric or scale.shape[1] != 1:
         return False
     assert x_quantized[0] is not None
     return not int8_linear.reasons(x_quantized[0], codes, dtype, x_quantized[2] is not None)

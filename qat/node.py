@@ -68,7 +68,10 @@ def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
 def no_view(y: Tensor) -> Tensor:
     """The same numbers in the same memory, but free to be changed in place (`nn.ReLU(inplace=True)` after a layer):
     autograd refuses that for views that a Function hands out."""
-    if torch.compiler.is_compiling() or not y._is_view():
+    if torch.compiler.is_compiling():
+        free: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+        return free
+    if not y._is_view():
         return y
     return torch.ops.aten._unsafe_view(y, y.shape) if y.is_contiguous() else y.clone()
 
@@ -186,7 +189,10 @@ class QuantizedLayer(torch.autograd.Function):
         x = inputs[0]
         ctx.call = call
         ctx.x_dtype = x.dtype  # type: ignore[union-attr]
-        need_x = call.op.needs_x(needs[call.inputs : call.inputs + len(weights)])
+        n, count = call.inputs, len(weights)
+        # a scale's gradient needs that of w_hat, also where the weight itself is frozen
+        learns = [any(needs[n + count + _SLOT * i : n + count + _SLOT * (i + 1)]) for i in range(1, 1 + count)]
+        need_x = call.op.needs_x([need or more for need, more in zip(needs[n : n + count], learns, strict=True)])
         kept_x, *kept = _kept(call, blend, x, need_x, x_quantized, quantized)
         ctx.save_for_backward(blend, kept_x, *inputs[1:], *weights, *kept)
         with no_autocast(weights[0].device.type):  # type: ignore[union-attr]

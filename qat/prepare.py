@@ -62,8 +62,8 @@ def prepare(
     recipe: Recipe | str | PathLike[str],
     *,
     search: bool = True,
-    code_cache: bool | int = True,
-    real: bool = True,
+    code_cache: bool | int | None = None,
+    real: bool | None = None,
 ) -> Plan:
     """Swap the planned layers' classes in place and give them quantizers; idempotent for the same recipe.
 
@@ -72,7 +72,8 @@ def prepare(
     and QATError where the recipe does not fit the model (see `qat.plan.make_plan`); the model is then as it was.
 
     code_cache   codes are computed once per optimizer step and kept, at most a byte per weight and its scales; an int
-                 is a budget in bytes, layers beyond it (False: all) quantize again in backward instead. After a change
+                 is a budget in bytes, layers beyond it (False: all) quantize again in backward instead. None: True, or
+                 what an earlier `prepare` of this model was told. After a change
                  of weights that neither `torch.optim` nor a load made, call `qat.weights_changed(model)`.
     real         multiply 8-bit codes as integers where the machine can, which differs from the simulated product by
                  float rounding only (`qat.fake_quant_kernels.int8_linear`); False: always simulate
@@ -90,7 +91,8 @@ def prepare(
         raise QATError("this model is already prepared with another recipe; call qat.unprepare(model) first")
     else:
         state.record.recipe = to_dict(recipe)
-    state.code_cache, state.real = code_cache, real
+    state.code_cache = state.code_cache if code_cache is None else code_cache
+    state.real = state.real if real is None else real
     _keep_freed_memory()
     try:
         _insert(model, state, found, search)

@@ -114,8 +114,8 @@ def apply_schedule(model: nn.Module, step: int | None = None) -> State:
         live.cache.forget()
         if now.active and now.strength < 1.0:
             # a tensor: compiled code does not depend on its value
-            device = next(w.device for key in live.op.kinds(layer) if (w := layer._parameters[key]) is not None)
-            live.blend = blends.setdefault(device, torch.tensor(now.strength, device=device))
+            device = next(p.device for p in layer.parameters())
+            live.blend = blends.setdefault(device, torch.full((), now.strength, device=device))
         bits = now.bits.get(rules.get(name.removeprefix(prefix)) or "")
         for quantizer in weight_quantizers(layer).values():
             quantizer.set_bits(bits)
@@ -140,15 +140,18 @@ def refresh_codes(model: nn.Module, at_once: bool) -> None:
     for layer in qat_layers(model).values():
         live = layer._qat
         live.cache.forget()
-        live.cache.enabled = budget > 0
+        live.cache.enabled = True
         for key, quantizer in weight_quantizers(layer).items():
-            weight = layer._parameters[key]
-            if budget <= 0 or not stays(weight):
+            weight = layer._parameters.get(key)
+            live.cache.disown(key)
+            if weight is None or not stays(weight):
                 continue
-            assert weight is not None
-            live.cache.own(key, weight, quantizer)
             w_RK = quantizer.layout.to_rows(weight.detach())
-            budget -= bytes_of(quantizer.live_spec, w_RK)
+            needed = bytes_of(quantizer.live_spec, w_RK)
+            if needed > budget:
+                continue
+            budget -= needed
+            live.cache.own(key, weight, quantizer)
             if live.active and (live.traced or at_once):
                 live.cache.quantized(key, weight, w_RK, quantizer, compiled=True)
 
@@ -161,8 +164,13 @@ def _prefix(model: nn.Module, state: QATState) -> str:
 def _freeze(model: nn.Module, state: QATState, freeze: bool) -> None:
     """Fold learned scales into their start values once (an optimizer's momentum must not move them afterwards)."""
     changed = freeze != state.record.scales_frozen
+    seen: set[int] = set()
     for layer in qat_layers(model).values():
         for quantizer in layer_quantizers(layer):
+            # tied layers share one
+            if id(quantizer) in seen:
+                continue
+            seen.add(id(quantizer))
             if changed:
                 with whole_quantizer(quantizer, layer._qat.latent_dtype):
                     quantizer.freeze() if freeze else quantizer.thaw()
@@ -218,9 +226,9 @@ def follow(copy: nn.Module, before: State, now: State) -> None:
     if now.active and not before.active:
         search_scales(qat_layers(copy), force=True)
     if now.freeze_scales != before.freeze_scales:
-        for layer in qat_layers(copy).values():
-            for quantizer in layer_quantizers(layer):
-                quantizer.freeze() if now.freeze_scales else quantizer.thaw()
+        shared = {id(q): q for layer in qat_layers(copy).values() for q in layer_quantizers(layer)}
+        for quantizer in shared.values():
+            quantizer.freeze() if now.freeze_scales else quantizer.thaw()
 
 
 def learned_scales(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -186,7 +186,7 @@ def alive_after_forward(module: torch.nn.Module, x: Tensor) -> int:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = module(x)
-    codes = [t for m in module.modules() if hasattr(m, "_qat") for e in m._qat.cache.entries.values() for t in e]
+    codes = [t for m in module.modules() if hasattr(m, "_qat") for _, e, _ in m._qat.cache.entries.values() for t in e]
     storages = [t.untyped_storage() for t in [*kept, *codes] if t is not None]
     bytes_of = {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
     y.sum().backward()

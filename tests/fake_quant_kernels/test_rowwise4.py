@@ -1,7 +1,7 @@
 """4-bit groups as embedding rows: every code with every kind of scale comes back as code * s.
 
-Mutations tried: 7 for 8 in the offset, the upper nibble shifted by 3, fp16 scales written in the wrong order, `_LARGEST`
-doubled, `size % 4` left out: each turns a test red.
+Mutations tried: 7 for 8 in the offset, the upper nibble shifted by 3, offsets and scales written in the wrong order,
+`_LARGEST` doubled, `size % 4` left out: each turns a test red.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ def test_copies_and_pickles_bring_no_codes(recipe: Any) -> None:
         assert torch.equal(model(x), expected)
 
 
-BUDGETS = [(True, "abc"), (False, ""), (0, ""), (1, "a"), (10**9, "abc"), (600, "ab")]
+BUDGETS = [(True, "abc"), (False, ""), (0, ""), (1, ""), (10**9, "abc"), (1200, "ab")]
 
 
 @pytest.mark.parametrize(("budget", "kept"), BUDGETS)
@@ -289,3 +289,72 @@ def test_a_run_that_diverged_shows(recipe: Any) -> None:
     qat.after_optimizer_step(model)
     assert input_quantizer(model.a) is not None
     assert bool(torch.isnan(model(x)).any())
+
+
+def test_inputs_in_inference_mode(recipe: Any) -> None:
+    """Its tensors have no version counter: an in-place change between two layers must be seen, and nothing that was
+    made in that mode may be kept for training."""
+    token = {"weight": {**GROUPS, "quantizer": "absmax"}, "input": TOKENS}
+    torch.manual_seed(0)
+    model = Net()
+    qat.prepare(model, recipe(rules={"all": token}))
+
+    def twice(x: Tensor) -> Tensor:
+        model.a(x)
+        x += 1.0
+        return model.b(x)  # type: ignore[no-any-return]
+
+    x = torch.randn(5, 16)
+    with torch.no_grad():
+        expected = twice(x.clone())
+    with torch.inference_mode():
+        assert torch.equal(twice(x.clone()), expected)
+        model.a.weight.mul_(1.5)
+        model(x)
+    model(x).sum().backward()
+    assert model.a.weight.grad is not None
+
+
+def test_scales_of_a_frozen_weight_are_trained(recipe: Any) -> None:
+    for code_cache in (True, False):
+        model = net(recipe, "lsq", code_cache=code_cache)
+        x = torch.randn(5, 16)
+        model(x).square().sum().backward()
+        expected = model.a.weight_quantizer.theta.grad.clone()
+        model.zero_grad()
+        model.a.weight.requires_grad_(False)
+        model(x).square().sum().backward()
+        assert model.a.weight.grad is None
+        assert torch.equal(model.a.weight_quantizer.theta.grad, expected)
+
+
+def test_the_cache_does_not_choose_the_product(recipe: Any) -> None:
+    """4-bit weights and 8-bit inputs, whose codes could be multiplied as integers if they were not kept packed."""
+    found = []
+    for code_cache in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(512, 64))
+        qat.prepare(model, recipe(input=TOKENS, quantizer="absmax"), code_cache=code_cache)
+        found.append(model(torch.randn(64, 512, generator=torch.Generator().manual_seed(0))))
+    assert torch.equal(*found)
+
+
+def test_weights_that_are_elsewhere(recipe: Any) -> None:
+    """A parametrized weight is no Parameter of its layer; one of ZeRO-3 comes and goes under the same Parameter."""
+    model = net(recipe, "mse")
+    torch.nn.utils.parametrizations.weight_norm(model.a)
+    qat.after_optimizer_step(model)
+    model(torch.randn(5, 16)).sum().backward()
+    model = net(recipe, "absmax")
+    model.a.weight.ds_id = 1
+    model(torch.randn(5, 16)).sum().backward()
+    qat.weights_changed(model)
+    model(torch.randn(5, 16)).sum().backward()
+    assert model.a._qat.cache.nbytes == 0 and model.b._qat.cache.nbytes > 0
+
+
+def test_what_a_second_prepare_does_not_say_stays(recipe: Any) -> None:
+    model = net(recipe, "absmax", code_cache=False, real=False)
+    qat.prepare(model, recipe(rules={"all": GRIDS["absmax"]}))
+    model(torch.randn(5, 16))
+    assert not any(layer._qat.cache.nbytes or layer._qat.real for layer in qat_layers(model).values())

@@ -114,6 +114,57 @@ def test_recompilations_of_a_scheduled_run(grid: str, recipe: Any) -> None:
     assert 2 <= graphs() <= 1 + changes
 
 
+def test_weights_of_another_place(recipe: Any) -> None:
+    """functional_call, a Parameter that was replaced, LBFGS that steps within its step: not the codes of before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16))
+    qat.prepare(model, recipe(quantizer="absmax", granularity="group", group_size=8))
+    x = torch.randn(4, 16)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), model(x))
+    other = {name: p.detach() * 2 + 1 for name, p in model.named_parameters()}
+    call = torch.compile(lambda: torch.func.functional_call(model, other, (x,)), backend="aot_eager")
+    expected = torch.func.functional_call(model, other, (x,))
+    assert torch.equal(call(), expected)
+    with torch.no_grad():
+        model[0].weight = nn.Parameter(other["0.weight"])
+        model[0].bias.copy_(other["0.bias"])
+    assert torch.equal(compiled(x), expected)
+
+    losses: dict[bool, list[float]] = {True: [], False: []}
+    for way, found in losses.items():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16))
+        qat.prepare(model, recipe(quantizer="absmax", granularity="group", group_size=8))
+        run = torch.compile(model, backend="aot_eager") if way else model
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=5)
+
+        def closure(run: Any = run, optimizer: Any = optimizer, found: list[float] = found) -> Any:
+            optimizer.zero_grad()
+            loss = run(x).square().mean()
+            loss.backward()
+            found.append(float(loss.detach()))
+            return loss
+
+        for _ in range(2):
+            optimizer.step(closure)
+            qat.after_optimizer_step(model)
+    torch.testing.assert_close(torch.tensor(losses[True]), torch.tensor(losses[False]), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 16), (2, 3, 16)])
+def test_a_compiled_output_may_be_changed_in_place(shape: tuple[int, ...], recipe: Any) -> None:
+    found = []
+    for way in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(inplace=True))
+        qat.prepare(model, recipe(quantizer="absmax"))
+        y = (torch.compile(model, backend="aot_eager", fullgraph=True) if way else model)(torch.ones(shape))
+        y.sum().backward()
+        found.append(model[0].weight.grad)
+    assert torch.equal(*found)
+
+
 class Weights(nn.Module):
     """Gives the fake-quantized weight of every layer: eye @ w_hat^T has no rounding of its own."""
 

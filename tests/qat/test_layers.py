@@ -312,7 +312,7 @@ def test_nothing_as_large_as_the_weight_stays_alive(case: str, code_cache: bool,
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(x)
     others = [t for t in kept if t.untyped_storage().data_ptr() not in own]
-    cached = {t.data_ptr() for entry in layer._qat.cache.entries.values() for t in entry if t is not None}
+    cached = {t.data_ptr() for _, entry, _ in layer._qat.cache.entries.values() for t in entry if t is not None}
     codes = [t for t in others if t.data_ptr() in cached]
     assert bool(codes) == bool(cached) == code_cache
     assert sum(t.nbytes for t in codes) <= layer.weight.numel()

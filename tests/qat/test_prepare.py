@@ -381,3 +381,18 @@ def test_meta_models(recipe: Any) -> None:
     qat.initialize(model)
     assert torch.isfinite(model(IDS)).all()
     assert torch.equal(qat.convert(model)["mid.weight"].dequantize(), model.mid.weight_quantizer(model.mid.weight))
+
+
+def test_a_shared_scale_is_frozen_once(recipe: Any) -> None:
+    """Tied layers have one quantizer. Mutation: no `seen` in `_freeze`."""
+    model = Tied()
+    phases = {"a": {"steps": 1}, "frozen": {"steps": -1, "freeze_scales": True}}
+    qat.prepare(model, recipe(phases=phases))
+    quantizers = {id(q): q for layer in qat_layers(model).values() for q in weight_quantizers(layer).values()}
+    assert len(quantizers) < sum(len(weight_quantizers(layer)) for layer in qat_layers(model).values())
+    tied: Any = next(iter(quantizers.values()))
+    with torch.no_grad():
+        tied.theta.fill_(0.02)
+    before = tied.qparams(torch.zeros(1)).scale.detach()
+    qat.after_optimizer_step(model)
+    assert tied.frozen and torch.equal(tied.qparams(torch.zeros(1)).scale, before)
