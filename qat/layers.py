@@ -164,6 +164,8 @@ def layer_quantizers(layer: nn.Module) -> list[Quantizer]:
 
 def _float(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x_quantizer = input_quantizer(layer)
+    if torch.compiler.is_compiling():
+        live.traced = True
     with inside():
         y: Tensor = live.original.forward(layer, *args, **kwargs)
         if x_quantizer is not None and live.trains(layer):

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 import qat
 from qat.layers import weight_quantizers
 from qat.quantizers import quantizers
-from qat.steps import qat_layers
+from qat.steps import qat_layers, refresh_codes
 
 GROUPS = {"bits": 4, "granularity": "group", "group_size": 16}
 TOKENS = {"bits": 8, "granularity": "token", "scale": "fp32", "quantizer": "absmax"}
@@ -211,7 +211,7 @@ def test_law_through_the_layer_eager_and_compiled(way: str, recipe: Any, record_
     for q in (q for layer in layers for q in weight_quantizers(layer).values()):
         for theta in q.learned():
             nn.init.normal_(theta, 0, 0.02)
-    qat.weights_changed(model)
+    refresh_codes(model, at_once=True)
     expected = [q.integers(w.weight).dequantize() for w in layers for q in weight_quantizers(w).values()]  # type: ignore[arg-type]
     assert all(bool(layer._qat.cache.nbytes) == cached for layer in layers)
     compiled = torch.compile(model, fullgraph=True)
