@@ -1,4 +1,4 @@
-"""`dynamic_absmax` of many weights in one launch: the codes of a whole model, once after each optimizer step.
+"""`dynamic_absmax` of many weights in one launch: made for the codes of a whole model, once after each optimizer step.
 
     s_t, codes_t = dynamic absmax of w_t        for all weights t of a list, of any [R_t, K_t], in place
 
