@@ -5,8 +5,8 @@ Whoever changes a weight says so: `torch.optim` by its global step hook, a load 
 changed version counter or address is noticed as well, but that is a second net only: fused AdamW, FSDP and
 ZeRO change weights without touching the counter.
 
-In eager mode codes are computed in the first forward that needs them; for layers that were compiled `refresh_codes` does
-it at the end of a step, because compiled code only reads `entries`.
+In eager mode codes are computed in the first forward that needs them; for layers that were compiled `refresh_codes`
+does it at the end of a step, because compiled code only reads `entries`.
 
 A weight whose storage comes and goes (FSDP, ZeRO-3) or that is not the layer's own Parameter (`functional_call`) has no
 codes here: its layer quantizes anew in forward and backward, and keeps nothing that is as large as the weight.
