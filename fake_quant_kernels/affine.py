@@ -32,9 +32,9 @@ from torch import Tensor
 
 from qat.fake_quant_kernels.affine_decode import affine_decode
 from qat.fake_quant_kernels.affine_encode import affine_encode, scaled
-from qat.fake_quant_kernels.affine_vjp import affine_vjp, clamped, value_of
+from qat.fake_quant_kernels.affine_vjp import affine_vjp, clamped, value_of, vjp_over
 from qat.fake_quant_kernels.device import clip, rint
-from qat.fake_quant_kernels.dispatch import AotCase, Kernel, Op, tl
+from qat.fake_quant_kernels.dispatch import AotCase, Kernel, Op, tl, uses_triton
 from qat.fake_quant_kernels.rows import chunks, field_of, geometry, part, places, tile, tiling
 
 
@@ -176,17 +176,20 @@ def vjp(
     need_scale: bool,
     need_zero: bool,
     need_minimum: bool,
+    spend: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `fake_quantize` for grad [R, K]: dw in the dtype of grad, the fields' in fp32 and their shape.
 
-    None where not needed. With `identity` dw is `grad` itself.
+    None where not needed. With `identity` dw is `grad` itself. spend: grad may be overwritten (plain torch does).
     """
     need_zero, need_minimum = need_zero and zero is not None, need_minimum and minimum is not None
     ours, need_lost = need_w and not identity, need_zero or need_minimum
     dw: Tensor | None = grad if need_w else None
     if not (ours or need_scale or need_lost):
         return dw, None, None, None
-    found, dscale, lost = affine_vjp(grad, w, scale, zero, minimum, lo, hi, ours, need_scale, need_lost)
+    plain = grad.is_contiguous() and not torch.compiler.is_compiling() and not uses_triton(grad.device)
+    op = vjp_over if spend and plain else affine_vjp
+    found, dscale, lost = op(grad, w, scale, zero, minimum, lo, hi, ours, need_scale, need_lost)
     return (
         found if ours else dw,
         dscale if need_scale else None,

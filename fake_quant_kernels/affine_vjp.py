@@ -46,28 +46,71 @@ def _vjp(
     need_lost: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dw [R, K] in the dtype of grad, ds and the lost gradient in the shape of scale; those not needed are empty."""
-    dw, dscale, lost = _fake(grad, w, scale, zero, minimum, lo, hi, need_w, need_scale, need_lost)
+    found = _fake(grad, w, scale, zero, minimum, lo, hi, need_w, need_scale, need_lost)
+    _walk(grad, w, scale, zero, minimum, lo, hi, need_w, need_scale, need_lost, *found)
+    return found
+
+
+def vjp_over(
+    grad: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    minimum: Tensor | None,
+    lo: int,
+    hi: int,
+    need_w: bool,
+    need_scale: bool,
+    need_lost: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in plain torch, with dw in the memory of grad, which is lost."""
+    _, dscale, lost = _fake(grad, w, scale, zero, minimum, lo, hi, False, need_scale, need_lost)
+    _walk(grad, w, scale, zero, minimum, lo, hi, need_w, need_scale, need_lost, grad, dscale, lost)
+    return grad, dscale, lost
+
+
+def _walk(
+    grad: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    minimum: Tensor | None,
+    lo: int,
+    hi: int,
+    need_w: bool,
+    need_scale: bool,
+    need_lost: bool,
+    dw: Tensor,
+    dscale: Tensor,
+    lost: Tensor,
+) -> None:
+    """Fills dw (grad itself, or other memory), dscale and lost."""
     if scale.shape[0] == 1:
         dscale.zero_()
         lost.zero_()
-    for rows, buffers in chunks(w, 4):
-        _, second, third, wide = (None if each is None else grouped(each, scale.shape[1]) for each in buffers)
+    groups, dtype = scale.shape[1], torch.promote_types(w.dtype, torch.float32)
+    casts, straight = grad.dtype != dtype, grad.dtype == dtype and not torch.compiler.is_compiling()
+    for rows, buffers in chunks(w, 2 + need_scale + need_lost + casts):
+        spare = iter([None if each is None else grouped(each, groups) for each in buffers[1:]])
         value = scaled(w[rows], part(scale, rows), part(minimum, rows), buffers[0])
-        clipped = clamped(value, part(zero, rows), lo, hi, second)
+        clipped = clamped(value, part(zero, rows), lo, hi, next(spare))
+        terms = torch.round(clipped, out=next(spare)) if need_scale else clipped
         # 1.0 and 0.0: operations on bools take ten times as long
         inside = value.eq_(clipped)
-        g = grouped(grad[rows], scale.shape[1])
-        if g.dtype != value.dtype:
-            g = g.to(value.dtype) if wide is None else wide.copy_(g)
-        if need_w:
-            dw[rows] = torch.mul(g, inside, out=third).reshape(dw[rows].shape)
+        outside = torch.neg(inside, out=next(spare)).add_(1.0) if need_lost else inside
+        g = grouped(grad[rows], groups)
+        if casts:
+            wide = next(spare)
+            g = g.to(dtype) if wide is None else wide.copy_(g)
         if need_scale:
             # not v * inside: a v beyond fp32 is infinite, and infinity times 0 is NaN
-            terms = torch.round(clipped, out=third).sub_(clipped.mul_(inside)).mul_(g)
-            _add(dscale, rows, terms.sum(-1))
+            _add(dscale, rows, terms.addcmul_(clipped, inside, value=-1.0).mul_(g).sum(-1))
         if need_lost:
-            _add(lost, rows, inside.neg_().add_(1.0).mul_(g).sum(-1))
-    return dw, dscale, lost
+            _add(lost, rows, outside.mul_(g).sum(-1))
+        if need_w and straight:
+            torch.mul(g, inside, out=grouped(dw[rows], groups))
+        elif need_w:
+            dw[rows] = inside.mul_(g).reshape(dw[rows].shape)
 
 
 def _add(whole: Tensor, rows: slice, sums: Tensor) -> None:

@@ -45,16 +45,19 @@ def pack(codes: Tensor, scale: Tensor) -> Tensor:
 
 def decode(rows: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The numbers [R, K] = shape in `dtype`."""
-    ends = _ends(rows.shape[0] + 1)
+    places, ends = _places(rows.shape[0])
     wide: Tensor = torch.ops.quantized.embedding_bag_4bit_rowwise_offsets(
-        rows, ends[:-1], ends, False, 0, False, None, None, True
+        rows, places, ends, False, 0, False, None, None, True
     )
-    return wide.view(shape).to(dtype)
+    wide = wide.view(shape)
+    return wide if dtype == torch.float32 else wide.to(dtype)
 
 
 @functools.lru_cache(maxsize=8)
-def _ends(count: int) -> Tensor:
-    return torch.arange(count, dtype=torch.int32)
+def _places(count: int) -> tuple[Tensor, Tensor]:
+    """Each row as a bag of its own: which rows, and where bags begin and end."""
+    ends = torch.arange(count + 1, dtype=torch.int32)
+    return ends[:-1], ends
 
 
 def holds(codes: Tensor, scale: Tensor) -> bool:

@@ -82,17 +82,15 @@ class CodeCache:
         owner = self._owners.get(key)
         return self.enabled and owner is not None and owner() is w and stays(w)
 
-    def quantized(
-        self, key: str, w: Tensor, w_RK: Tensor, quantizer: Quantizer, compiled: bool = False
-    ) -> tuple[Entry, str, bool]:
+    def quantized(self, key: str, w: Tensor, quantizer: Quantizer, compiled: bool = False) -> tuple[Entry, str, bool]:
         """(codes and fields, their form, whether they are kept); eager mode only. compiled: in a form for graphs."""
         if not self.owns(key, w):
-            return quantize(quantizer, w_RK, False), PLAIN, False
+            return quantize(quantizer, quantizer.layout.to_rows(w.detach()), False), PLAIN, False
         token = _token(w, quantizer)
         if key not in self.entries or self._tokens.get(key) != token:
             # in inference mode too: they are saved for backward next
             with torch.inference_mode(False):
-                self.entries[key] = (w, *_kept(quantizer, w_RK, compiled))
+                self.entries[key] = (w, *_kept(quantizer, quantizer.layout.to_rows(w.detach()), compiled))
             self._tokens[key] = token
         return *self.entries[key][1:], True
 
@@ -159,15 +157,14 @@ def packs(spec: QuantSpec, columns: int) -> bool:
     return spec.bits <= 4 and columns % 2 == 0
 
 
-def bytes_of(spec: QuantSpec, w_RK: Tensor) -> int:
-    """What an entry takes at most."""
-    scales = 1 if spec.granularity == "tensor" else w_RK.shape[0] * spec.groups(w_RK.shape[1])
+def bytes_of(spec: QuantSpec, shape: tuple[int, int]) -> int:
+    """What an entry for rows [R, K] = shape takes at most."""
+    rows, columns = shape
+    scales = 1 if spec.granularity == "tensor" else rows * spec.groups(columns)
     fields = 1 if spec.zero_point == "none" else 2
-    return (
-        w_RK.numel() // 2 + 4 * scales * (fields + 1)
-        if packs(spec, w_RK.shape[1])
-        else w_RK.numel() + 4 * scales * fields
-    )
+    if packs(spec, columns):
+        return rows * columns // 2 + 4 * scales * (fields + 1)
+    return rows * columns + 4 * scales * fields
 
 
 def _token(w: Tensor, quantizer: Quantizer) -> Any:

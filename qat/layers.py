@@ -84,6 +84,8 @@ class Live:
     out_dtype: torch.dtype | None = None
     # it has been compiled: its codes are made after each step, in a form for graphs, not in its first forward
     traced: bool = False
+    # float | int8 | int8_dgrad: how the matmuls of the gradients run
+    backward: str = "float"
     # codes of 8-bit weights and inputs are multiplied as integers where the machine can
     real: bool = True
     cache: CodeCache = field(default_factory=CodeCache)
@@ -200,9 +202,14 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
                 quantized += entry
         integer = live.real and _multiplies_codes(op, live.blend, x_slot, x_quantized, slots[0], quantized, dtype)
         random = random_state(layer) if op.replays else None
-        call = Call(layer, op, dtype, x_slot, tuple(slots), len(inputs), integer, random)
-        y: Tensor = QuantizedLayer.apply(call, live.blend, *inputs, *weights, *x_quantized, *quantized)  # type: ignore[no-untyped-call]
-        return _kept_in_graph(y, [q for q in layer_quantizers(layer) if q.frozen])
+        backward, seeds = live.backward if live.blend is None and torch.is_grad_enabled() else "float", None
+        if backward != "float":
+            # of torch's own generator, so that a seeded run and a recomputed forward round alike
+            seeds = torch.randint(-(2**63), 2**63 - 1, (2,), device=weights[0].device)
+        call = Call(layer, op, dtype, x_slot, tuple(slots), len(inputs), integer, random, backward)
+        y: Tensor = QuantizedLayer.apply(call, live.blend, seeds, *inputs, *weights, *x_quantized, *quantized)  # type: ignore[no-untyped-call]
+        frozen = [q for q in layer_quantizers(layer) if q.frozen]
+        return _kept_in_graph(y, frozen) if frozen else y
 
 
 _apart = uncompiled(_quantized)
@@ -215,20 +222,22 @@ def _weight(live: Live, key: str, w: Tensor, quantizer: Quantizer | None) -> tup
     """The slot of a weight with its codes and fields; fields of learned scales bring their gradient."""
     if quantizer is None:
         return None, _NOTHING
-    spec, layout, cache = quantizer.live_spec, quantizer.layout, live.cache
-    w_RK = layout.to_rows(w.detach())
+    layout, cache = quantizer.layout, live.cache
     if torch.compiler.is_compiling():
         live.traced = True
         # codes of another tensor (functional_call, a Parameter that was replaced) are not this one's
         source, found, form = cache.entries.get(key, (None, None, PLAIN))
         keep = source is w and form != ROWS
-        entry: Entry = found if found is not None and keep else quantize(quantizer, w_RK, False)
+        entry: Entry = found if found is not None and keep else quantize(quantizer, layout.to_rows(w.detach()), False)
         form = form if keep else PLAIN
     else:
-        entry, form, keep = cache.quantized(key, w, w_RK, quantizer, live.traced)
-    slot = Slot(quantizer, spec, layout, form, keep)
+        entry, form, keep = cache.quantized(key, w, quantizer, live.traced)
+    slot = Slot(quantizer, quantizer.live_spec, layout, form, keep)
     if torch.is_grad_enabled() and any(p.requires_grad for p in quantizer.learned()):
-        return slot, (entry[0], *_visible(quantizer.qparams(w_RK.float()), entry[1]))
+        fields = quantizer.differentiable(Fields(*entry[1:])) if keep else None
+        if fields is None:
+            fields = _visible(quantizer.qparams(layout.to_rows(w.detach()).float()), entry[1])
+        return slot, (entry[0], *fields)
     return slot, entry
 
 

@@ -17,7 +17,7 @@ takes the node into its graph.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from qat.codes import HALVES, PLAIN, ROWS
 from qat.fake_quant_kernels import rowwise4
 from qat.fake_quant_kernels.affine import decode, vjp
+from qat.fake_quant_kernels.int8_gradients import int8_dgrad, int8_wgrad
 from qat.fake_quant_kernels.int8_linear import int8_linear
 from qat.layout import Layout
 from qat.ops import LayerOp, Tensors
@@ -93,19 +94,23 @@ class Slot:
 
     def hat(self, t: Tensor, quantized: Sequence[Tensor | None], blend: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The fake-quantized tensor in `dtype`; between strengths 0 and 1 on the way from t to it."""
-        codes, scale, zero, minimum = quantized
         if self.form == ROWS:
+            codes = quantized[0]
             rows = rowwise4.decode(codes, self.layout.rows_shape, dtype)  # type: ignore[arg-type]
         else:
-            packed = self.form == HALVES
-            if codes is None:
-                packed = False
-                dynamic = self.quantizer.identity_gradient
-                given = None if dynamic else Fields(scale, zero, minimum)  # type: ignore[arg-type]
-                codes, (scale, zero, minimum) = self.quantizer.quantize(self.rows(t.detach()), self.spec, given)
+            packed = self.form == HALVES and quantized[0] is not None
+            codes, scale, zero, minimum = quantized if packed else self.quantized(t, quantized)
             rows = decode(codes, scale, zero, minimum, dtype, packed, self.spec.signed)  # type: ignore[arg-type]
         fake = self.layout.from_rows(rows)
         return fake if blend is None else torch.lerp(t.to(dtype), fake, blend.to(dtype))
+
+    def quantized(self, t: Tensor, quantized: Sequence[Tensor | None]) -> tuple[Any, Any, Tensor | None, Tensor | None]:
+        """Codes [R, K], one in a byte, and fields: those given, or found again from t where there are no such codes."""
+        codes, *fields = quantized
+        if codes is None or self.form != PLAIN:
+            given = None if self.quantizer.identity_gradient else Fields(*fields)  # type: ignore[arg-type]
+            codes, fields = self.quantizer.quantize(self.rows(t.detach()), self.spec, given)  # type: ignore[assignment]
+        return codes, *fields  # type: ignore[return-value]
 
     def pull(
         self,
@@ -115,8 +120,10 @@ class Slot:
         blend: Tensor | None,
         needs: Sequence[bool],
         like: torch.dtype,
+        fresh: bool,
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of the tensor itself (in dtype `like`) and of scale, zero and minimum, from that of `hat`."""
+        """Gradients of the tensor itself (in dtype `like`) and of scale, zero and minimum, from that of `hat`; fresh:
+        nobody else holds `grad`, and it may be overwritten."""
         scale, zero, minimum = fields
         if self.quantizer.identity_gradient and not any(needs[1:]):
             return grad.to(like) if needs[0] else None, None, None, None
@@ -132,7 +139,11 @@ class Slot:
             grid.qmin,
             grid.qmax,
             self.quantizer.identity_gradient,
-            *needs,
+            needs[0],
+            needs[1],
+            needs[2],
+            needs[3],
+            fresh and blend is None,
         )
         if dt is not None:
             dt = self.layout.from_rows(dt)
@@ -156,6 +167,8 @@ class Call:
     integer: bool = False
     # random state of the forward, for ops whose backward runs it again
     random: Any = None
+    # float | int8 | int8_dgrad: how the gradients' matmuls run
+    backward: str = "float"
 
     def cast(self, inputs: Tensors) -> Tensors:
         """The inputs after x: parameters in the compute dtype, what the caller gave as it came."""
@@ -179,13 +192,14 @@ class Call:
 
 
 class QuantizedLayer(torch.autograd.Function):
-    """Arguments: the call, blend (0-dim, None at full strength), the inputs, the weights, the input's codes and fields,
-    each weight's codes and fields. Gradients: inputs, weights, fields."""
+    """Arguments: the call, blend (0-dim, None at full strength), seeds (int64 [2], of a backward that rounds), the
+    inputs, the weights, the input's codes and fields, each weight's codes and fields. Gradients: inputs, weights,
+    fields."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, blend: Tensor | None, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, call: Call, blend: Tensor | None, seeds: Tensor | None, *tensors: Tensor | None) -> Tensor:
         inputs, weights, x_quantized, quantized = _parts(call, tensors)
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         x = inputs[0]
         ctx.call = call
         ctx.x_dtype = x.dtype  # type: ignore[union-attr]
@@ -194,7 +208,7 @@ class QuantizedLayer(torch.autograd.Function):
         learns = [any(needs[n + count + _SLOT * i : n + count + _SLOT * (i + 1)]) for i in range(1, 1 + count)]
         need_x = call.op.needs_x([need or more for need, more in zip(needs[n : n + count], learns, strict=True)])
         kept_x, *kept = _kept(call, blend, x, need_x, x_quantized, quantized)
-        ctx.save_for_backward(blend, kept_x, *inputs[1:], *weights, *kept)
+        ctx.save_for_backward(blend, seeds, kept_x, *inputs[1:], *weights, *kept)
         with no_autocast(weights[0].device.type):  # type: ignore[union-attr]
             if call.integer:
                 return no_view(_integer(call, inputs, x_quantized, quantized[0]))
@@ -207,9 +221,9 @@ class QuantizedLayer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         call: Call = ctx.call
-        blend, *tensors = ctx.saved_tensors
+        blend, seeds, *tensors = ctx.saved_tensors
         inputs, weights, x_quantized, quantized = _parts(call, tensors)
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         n, count = call.inputs, len(weights)
         need_w, need_fields = needs[n : n + count], needs[n + count :]
         with inside(), no_autocast(grad.device.type):
@@ -220,7 +234,7 @@ class QuantizedLayer(torch.autograd.Function):
                 *needs[1:n],
                 *(need or any(more) for need, more in zip(need_w, field_needs[1:], strict=True)),
             ]
-            dinputs, dweights = _gradients(call, blend, grad, inputs, weights, x_quantized, quantized, wanted)
+            dinputs, dweights = _gradients(call, blend, seeds, grad, inputs, weights, x_quantized, quantized, wanted)
             found: list[tuple[Tensor | None, ...]] = []
             latents = (inputs[0], *weights)
             dtypes = (ctx.x_dtype, *(w.dtype for w in weights))  # type: ignore[union-attr]
@@ -234,15 +248,16 @@ class QuantizedLayer(torch.autograd.Function):
                     found.append((d.to(dtypes[i]) if own[i] else None, None, None, None))
                 else:
                     wants = (own[i], *field_needs[i])
-                    found.append(slot.pull(d, latents[i], fields[i][1:], blend, wants, dtypes[i]))
+                    found.append(slot.pull(d, latents[i], fields[i][1:], blend, wants, dtypes[i], call.op.separable))
         dothers = [None if d is None else d.to(t.dtype) for d, t in zip(dinputs[1:], inputs[1:], strict=True)]  # type: ignore[union-attr]
         dfields = [d for grads in found for d in (None, *grads[1:])]
-        return (None, None, found[0][0], *dothers, *(grads[0] for grads in found[1:]), *dfields)
+        return (None, None, None, found[0][0], *dothers, *(grads[0] for grads in found[1:]), *dfields)
 
 
 def _gradients(
     call: Call,
     blend: Tensor | None,
+    seeds: Tensor | None,
     grad: Tensor,
     inputs: Tensors,
     weights: Tensors,
@@ -262,6 +277,8 @@ def _gradients(
     def w_hats() -> list[Tensor]:
         return [call.w_hat(i, w, quantized[i], blend) for i, w in enumerate(weights)]  # type: ignore[arg-type]
 
+    if seeds is not None:
+        return _integer_gradients(call, seeds, grad, inputs, weights, x_quantized, quantized, wanted, x_hat)
     if call.op.separable:
         first = [False, *wanted[1:]]
         (_, *dothers), dweights = call.op.backward(call.layer, grad, (x_hat(), *others), [], first)
@@ -306,6 +323,34 @@ def _integer(call: Call, inputs: Tensors, x_quantized: Tensors, w_quantized: Ten
     w_codes, w_scale, _, _ = w_quantized
     y = int8_linear(x_codes, x_scale, w_codes, w_scale, bias, call.dtype, x_zero)  # type: ignore[arg-type]
     return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]
+
+
+def _integer_gradients(
+    call: Call,
+    seeds: Tensor,
+    grad: Tensor,
+    inputs: Tensors,
+    weights: Tensors,
+    x_quantized: Tensors,
+    quantized: list[Tensors],
+    wanted: Sequence[bool],
+    x_hat: Callable[[], Tensor | None],
+) -> tuple[Tensors, Tensors]:
+    """`_gradients` of a linear layer with the matmuls of `qat.fake_quant_kernels.int8_gradients`."""
+    w = weights[0]
+    assert w is not None and call.weights[0] is not None
+    rows = grad.reshape(-1, grad.shape[-1])
+    dx = dw = None
+    if wanted[0]:
+        codes, scale, _, _ = call.weights[0].quantized(w, quantized[0])
+        dx = int8_dgrad(rows, codes, scale, seeds[:1], call.dtype).view(*grad.shape[:-1], codes.shape[1])
+    if wanted[2] and call.backward == "int8":
+        assert call.x is not None
+        codes, scale, zero, _ = call.x.quantized(inputs[0], x_quantized)  # type: ignore[arg-type]
+        dw = int8_wgrad(rows, codes, scale, seeds[1:], call.dtype, zero)
+    elif wanted[2]:
+        (_, _), (dw,) = call.op.backward(call.layer, grad, (x_hat(), None), [], [False, False, True])
+    return (dx, rows.sum(0) if wanted[1] else None), (dw,)
 
 
 class KeepInGraph(torch.autograd.Function):

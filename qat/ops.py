@@ -27,7 +27,7 @@ class LayerOp:
 
     # backward runs the forward again, which must see the same random numbers
     replays: bool = False
-    # the gradient of the weight needs no weight and that of x no x: they are found one after the other
+    # the gradient of the weight needs no weight and that of x no x: they are found one after the other, in new memory
     separable: bool = False
 
     def kinds(self, module: nn.Module) -> dict[str, str]:
@@ -91,16 +91,18 @@ class LinearOp(LayerOp):
     ) -> tuple[Tensors, Tensors]:
         x = inputs[0]
         need_x, need_bias, need_w = needs
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
         dx = None
         if need_x:
-            dx = grad @ (weights[0].t() if self.transposed else weights[0])
+            dx = torch.mm(rows, weights[0].t() if self.transposed else weights[0])
+            if grad.dim() != 2:
+                dx = dx.view(*grad.shape[:-1], dx.shape[1])
         dbias = rows.sum(0) if need_bias else None
         dw = None
         if need_w:
             assert x is not None
-            x_BI = x.reshape(-1, x.shape[-1])
-            dw = x_BI.t() @ rows if self.transposed else rows.t() @ x_BI
+            x_BI = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+            dw = torch.mm(x_BI.t(), rows) if self.transposed else torch.mm(rows.t(), x_BI)
         return (dx, dbias), (dw,)
 
 

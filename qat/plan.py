@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from qat.errors import QATError
+from qat.fake_quant_kernels.int8_linear import LONGEST
 from qat.layers import TYPES, layer_type, listed_name, original_class
 from qat.layout import Layout
 from qat.quantizers import Quantizer, quantizer_class
@@ -41,6 +42,8 @@ class PlanRow:
     note: str = ""
     # the rule that gave the weight its spec (`rule` is the last one that matched): bits of a phase go by it
     weight_rule: str | None = None
+    # float | int8 | int8_dgrad: how the matmuls of its gradients run
+    backward: str = "float"
 
     @property
     def quantized(self) -> bool:
@@ -89,7 +92,8 @@ class Plan:
         table.add_column("parameters", justify="right")
         for row in (*self.rows, *self.float_rows):
             weight = str(row.weight) if row.weight else f"float{f' ({row.note})' if row.note else ''}"
-            cells = (row.name or "(the model)", row.type, row.rule or "-", weight, str(row.input or "float"))
+            x = str(row.input or "float") + ("" if row.backward == "float" else f", backward {row.backward}")
+            cells = (row.name or "(the model)", row.type, row.rule or "-", weight, x)
             table.add_row(*cells, f"{row.params:,}")
         console = Console(width=160, record=True, file=io.StringIO())
         console.print(table)
@@ -191,14 +195,14 @@ def _resolve(names: tuple[str, ...], module: nn.Module, recipe: Recipe, used: Co
             continue
         used[rule_name] += 1
         if rule.keep_float:
-            row = replace(row, rule=rule_name, weight=None, weight_rule=None, input=None, listed=True)
+            row = replace(row, rule=rule_name, weight=None, weight_rule=None, input=None, backward="float", listed=True)
         elif entry is None:
             row = replace(row, rule=rule_name)
         else:
             if rule.weight is not None:
                 row = replace(row, weight=spec_of(rule.weight), weight_rule=rule_name)
             x = spec_of(rule.input) if rule.input is not None and kind != "Embedding" else row.input
-            row = replace(row, rule=rule_name, input=x, listed=False)
+            row = replace(row, rule=rule_name, input=x, backward=rule.backward or row.backward, listed=False)
     if entry is None:
         return replace(row, params=_numbers(module), note=why)
     kinds = entry[1].kinds(module)
@@ -249,6 +253,8 @@ def _row_reasons(row: PlanRow, module: nn.Module, parents: dict[int, nn.Module])
             found += row.input.shape_reasons(row.columns)
         if row.input.granularity != "tensor" and entry[0].startswith("Conv") and entry[0] != "Conv1D":
             found.append(f"the input of {entry[0]} has no tokens; use granularity=tensor")
+    if row.backward != "float":
+        found += _backward_reasons(row, entry[0], module)
     found += entry[1].reasons(module)
     parent = parents.get(id(module))
     if isinstance(parent, nn.MultiheadAttention):
@@ -256,6 +262,27 @@ def _row_reasons(row: PlanRow, module: nn.Module, parents: dict[int, nn.Module])
             "torch.nn.MultiheadAttention reads this weight itself and would bypass the quantizer; "
             f"keep it with a rule {{match: ['{row.name}'], keep_float: true}}"
         )
+    return found
+
+
+def _backward_reasons(row: PlanRow, kind: str, module: nn.Module) -> list[str]:
+    """Why the gradients of this layer cannot be multiplied as 8-bit integers: their scales lie on the summed axis, so
+    there may be one per output channel and one per token."""
+    said = f"backward={row.backward}"
+    if kind != "Linear":
+        return [f"{said} is for Linear, not {kind}; use backward=float"]
+    found = []
+    w, x = row.weight, row.input
+    if w is None or not w.signed or w.zero_point != "none" or w.granularity == "group":
+        found.append(
+            f"{said} needs a signed weight without zero points, granularity=channel or tensor; "
+            f"this one is {w or 'float'}"
+        )
+    if row.backward == "int8" and (x is None or x.zero_point == "float"):
+        found.append(f"{said} needs an input with zero_point=none or int; this one is {x or 'float'}; use int8_dgrad")
+    outputs = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
+    if outputs > LONGEST:
+        found.append(f"{said} adds up at most {LONGEST} products in 32 bits, and this layer has {outputs} outputs")
     return found
 
 

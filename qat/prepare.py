@@ -187,7 +187,7 @@ def _swap(layer: nn.Module, row: PlanRow, shared: dict[int, Quantizer]) -> None:
     if row.input is not None:
         first = next(w for w in weights.values() if w is not None)
         layer.add_module("input_quantizer", _made(row.input, Layout((1, 1), "tokens"), first, layer))
-    layer.__dict__["_qat"] = Live(original=original_class(layer), op=entry[1])
+    layer.__dict__["_qat"] = Live(original_class(layer), entry[1], backward=row.backward)
     swapped: Any = swapped_class(original_class(layer))
     layer.__class__ = swapped
 

@@ -146,14 +146,13 @@ def refresh_codes(model: nn.Module, at_once: bool) -> None:
             live.cache.disown(key)
             if weight is None or not stays(weight):
                 continue
-            w_RK = quantizer.layout.to_rows(weight.detach())
-            needed = bytes_of(quantizer.live_spec, w_RK)
+            needed = bytes_of(quantizer.live_spec, quantizer.layout.rows_shape)
             if needed > budget:
                 continue
             budget -= needed
             live.cache.own(key, weight, quantizer)
             if live.active and (live.traced or at_once):
-                live.cache.quantized(key, weight, w_RK, quantizer, compiled=True)
+                live.cache.quantized(key, weight, quantizer, compiled=True)
 
 
 def _prefix(model: nn.Module, state: QATState) -> str:

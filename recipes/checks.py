@@ -34,6 +34,7 @@ INPUT_GRANULARITIES = ("tensor", "token")
 ZERO_POINTS = ("none", "int", "float")
 SCALES = ("portable", "fp32", "fp16", "bf16")
 GRIDS = ("int",)
+BACKWARDS = ("float", "int8", "int8_dgrad")
 LOSSES = ("kl", "mse", "cosine")
 TASKS = ("causal_lm", "image_classification", "sentence_embedding")
 SCHEDULERS = ("cosine", "constant")
@@ -142,11 +143,13 @@ def _rule(rule: Rule, path: str) -> list[str]:
         if not name.isidentifier():
             found.append(f"{path}.types[{index}]: {show(name)} is not the short name of a class, like Linear")
     if rule.keep_float:
-        for key in ("weight", "input"):
+        for key in ("weight", "input", "backward"):
             if getattr(rule, key) is not None:
                 found.append(f"{path}.keep_float: true is not allowed beside {path}.{key}; leave one of them out")
-    elif rule.weight is None and rule.input is None:
+    elif rule.weight is None and rule.input is None and rule.backward is None:
         found.append(f"{path}: the rule does nothing; give it a weight, an input or keep_float: true")
+    if rule.backward is not None:
+        found += _one_of(f"{path}.backward", rule.backward, BACKWARDS)
     if rule.weight is not None:
         found += _slot(rule.weight, f"{path}.weight", WEIGHT_GRANULARITIES, WEIGHT_QUANTIZERS)
         if not rule.weight.is_signed and rule.weight.zero_point == "none":

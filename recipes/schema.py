@@ -63,6 +63,9 @@ class Rule:
     types: list[str] = field(default_factory=list)
     weight: Slot | None = None
     input: Slot | None = None
+    # How the gradients' matmuls of Linear run: float | int8, in 8-bit integers with stochastic rounding | int8_dgrad,
+    # that for the gradient of the input only. null: as the rule before says, float if none does.
+    backward: str | None = None
     # A rule that matches nothing is an error unless this is true.
     optional: bool = False
     # Leave the matches in float, on purpose and listed in the plan.

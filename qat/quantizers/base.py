@@ -91,6 +91,11 @@ class Quantizer(nn.Module):
         give; a group that holds a NaN gets a scale of NaN. None: there is no such pass."""
         return None
 
+    def differentiable(self, fields: Fields) -> Fields | None:
+        """`fields`, which `qparams` gave for the parameters as they are, with their gradient: what spares finding them
+        again for every micro-batch. None: `qparams` runs."""
+        return None
+
     def learned(self) -> tuple[nn.Parameter, ...]:
         """Parameters that the optimizer moves, in a fixed order."""
         return ()

@@ -23,12 +23,17 @@ from qat.quantizers.mse import Stored, search
 RATE = 10.0
 
 
+def _scale(start: Tensor, theta: Tensor) -> Tensor:
+    """s0 * exp(k * theta), in double so that devices whose fp32 exp differs in the last bit agree."""
+    return start * torch.exp(RATE * theta.double()).float()
+
+
 class _Step(torch.autograd.Function):
-    """s0 * exp(k * theta), in double so that devices whose fp32 exp differs in the last bit agree; it saves only s."""
+    """The scale; it saves only that."""
 
     @staticmethod
     def forward(ctx: Any, start: Tensor, theta: Tensor) -> Tensor:
-        scale = start * torch.exp(RATE * theta.double()).float()
+        scale = _scale(start, theta)
         ctx.save_for_backward(scale)
         ctx.dtype = theta.dtype
         return scale
@@ -37,6 +42,20 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         (scale,) = ctx.saved_tensors
         return None, (grads[0] * scale * RATE).to(ctx.dtype)
+
+
+class _Again(torch.autograd.Function):
+    """A stored scale that is known already, with the gradient of theta."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, theta: Tensor, stored: Tensor) -> Tensor:
+        ctx.save_for_backward(start, theta)
+        return stored
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        start, theta = ctx.saved_tensors
+        return None, (grads[0] * _scale(start, theta) * RATE).to(theta.dtype), None
 
 
 class Lsq(Stored):
@@ -86,6 +105,11 @@ class Lsq(Stored):
         if not self.frozen:
             scale = _Step.apply(scale, self.theta)  # type: ignore[no-untyped-call]
         return Fields(self.spec.scale_grid.project(scale), zero, minimum)
+
+    def differentiable(self, fields: Fields) -> Fields | None:
+        if self.frozen or self.layout.kind == "tokens":
+            return None
+        return fields._replace(scale=_Again.apply(self.start().scale, self.theta, fields.scale))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def freeze(self) -> None:

@@ -243,6 +243,9 @@ def test_chunks_change_nothing(groups: int, kind: str, dtype: torch.dtype, monke
         codes, packed = encode(w, s, z, m, -8, 7), encode(w, s, z, m, -8, 7, True)
         numbers = [decode(codes, s, z, m), decode(packed, s, z, m, dtype, True)]
         grads = vjp(g, w, s, z, m, -8, 7, False, True, True, True, True)
+        spent = g.clone()
+        over = vjp(spent, w, s, z, m, -8, 7, False, True, True, True, True, spend=True)
+        assert over[0] is spent and all(torch.equal(a, b) for a, b in zip(grads, over, strict=True) if a is not None)  # type: ignore[arg-type]
         return [codes, packed, *numbers, fake_quantize(w, s, z, m, -8, 7), *(t for t in grads if t is not None)]
 
     whole = everything()
