@@ -61,14 +61,23 @@ def _torchao(activation: tuple[Any, ...] | None, weight: tuple[Any, ...]) -> Bui
     return build
 
 
-def _modelopt(name: str) -> Builder:
-    """One of the library's own configurations, calibrated on the batch."""
+def _in_blocks(config: Any, size: int) -> Any:
+    """A configuration of ModelOpt's with the sizes of its blocks changed."""
+    if isinstance(config, dict):
+        return {k: {-1: size} if k == "block_sizes" and v else _in_blocks(v, size) for k, v in config.items()}
+    return [_in_blocks(each, size) for each in config] if isinstance(config, list) else config
+
+
+def _modelopt(name: str, block: int | None = None) -> Builder:
+    """One of the library's own configurations, in blocks of this size where given, calibrated on the batch."""
 
     def build(model: nn.Module, batch: Any) -> nn.Module:
         with imported("nvidia-modelopt"):
             import modelopt.torch.quantization as mtq
 
-            quantized: nn.Module = mtq.quantize(model, getattr(mtq, name), lambda m: m(batch))
+            config = getattr(mtq, name)
+            config = config if block is None else _in_blocks(config, block)
+            quantized: nn.Module = mtq.quantize(model, config, lambda m: m(batch))
         return quantized
 
     return build
@@ -97,7 +106,7 @@ def _brevitas(**settings: str | int) -> Builder:
 # tool -> (family, builder)
 PEERS: dict[str, tuple[str, Builder]] = {
     "torchao W4 g32": ("weight", _torchao(None, (torch.int4, 32, True))),
-    "ModelOpt W4 g128": ("weight", _modelopt("INT4_BLOCKWISE_WEIGHT_ONLY_CFG")),
+    "ModelOpt W4 g32": ("weight", _modelopt("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", 32)),
     "Brevitas W4 row": ("weight", _brevitas(weight_quant="Int8WeightPerChannelFloat", weight_bit_width=4)),
     "torchao 8da4w": ("activation", _torchao((torch.int8, "per_token", False), (torch.int4, 32, True))),
     # symmetric scales per token are refused by torchao 0.18: asymmetric ones are its nearest

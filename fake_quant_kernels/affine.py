@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 from qat.fake_quant_kernels.affine_decode import affine_decode
-from qat.fake_quant_kernels.affine_encode import affine_encode, scaled
+from qat.fake_quant_kernels.affine_encode import affine_encode, encode_looking, scaled
 from qat.fake_quant_kernels.affine_vjp import affine_vjp, clamped, value_of, vjp_over
 from qat.fake_quant_kernels.device import clip, rint
 from qat.fake_quant_kernels.dispatch import AotCase, Kernel, Op, tl, uses_triton
-from qat.fake_quant_kernels.rows import chunks, field_of, geometry, part, places, tile, tiling
+from qat.fake_quant_kernels.rows import chunks, eager_on_cpu, field_of, geometry, part, places, tile, tiling
 
 
 def _fake_quantize(w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int) -> Tensor:
@@ -144,6 +144,17 @@ def encode(
     """w [R, K] of any float dtype -> codes within lo..hi: int8 (lo < 0) or uint8 [R, K]; packed uint8 [R, K/2]."""
     with torch.no_grad():
         return affine_encode(w, scale, zero, minimum, lo, hi, packed)  # type: ignore[no-any-return]
+
+
+def encode_poisoning(
+    w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int, packed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(`encode`, `poisoned` scale)."""
+    with torch.no_grad():
+        if eager_on_cpu(w) and not uses_triton(w.device):
+            codes, finite = encode_looking(w, scale, zero, minimum, lo, hi, packed)
+            return codes, scale if finite else torch.full_like(scale, torch.nan)
+        return affine_encode(w, scale, zero, minimum, lo, hi, packed), poisoned(scale, w)
 
 
 def decode(

@@ -24,6 +24,7 @@ from qat.fake_quant_kernels.rows import (
     geometry,
     grouped,
     nibbles,
+    no_nan,
     part,
     places,
     rounded,
@@ -40,37 +41,38 @@ def scaled(w: Tensor, scale: Tensor, minimum: Tensor | None, out: Tensor | None 
         # a product of mixed dtypes would make this copy as well, in fresh memory
         wide = w.float() if out is None else out.copy_(w)
     blocks, into = grouped(wide, groups), None if out is None else grouped(out, groups)
-    reciprocal = (1.0 / scale).unsqueeze(-1)
+    reciprocal = scale.reciprocal().unsqueeze(-1)
     if minimum is not None:
         return torch.sub(blocks, minimum.unsqueeze(-1), out=into).mul_(reciprocal)
     return torch.mul(blocks, reciprocal, out=into)
 
 
-def encoded(
-    w: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    minimum: Tensor | None,
-    lo: int,
-    hi: int,
-    packed: bool,
-    buffer: Tensor | None,
-) -> Tensor:
-    """The codes of a chunk of rows; `buffer` [R, K] fp32 is overwritten."""
+def put_codes(
+    value: Tensor, zero: Tensor | None, lo: int, hi: int, packed: bool, finite: bool, out: Tensor, rows: slice
+) -> None:
+    """The codes of a chunk of rows into out[rows], from what `scaled` gave, [R, G, K/G], which is overwritten; finite:
+    it holds no NaN."""
     # the bounds are integers: rounding first gives the same codes, and a clamp by numbers is the faster one
-    value = scaled(w, scale, minimum, buffer).round_().nan_to_num_(0.0)
+    value = value.round_()
+    if not finite:
+        value.nan_to_num_(0.0)
     if zero is not None:
         value += zero.unsqueeze(-1)
     value.clamp_(lo, hi)
     if torch.compiler.is_compiling():
-        codes = value.to(code_dtype(lo))
-    elif hi <= 127:
-        codes = value.to(torch.int8).view(code_dtype(lo))
-    else:
-        # a cast to uint8 takes eight times as long as one to int8
-        codes = value.sub_(128.0).to(torch.int8).view(torch.uint8).bitwise_xor_(128)
-    codes = codes.reshape(w.shape)
-    return pack_halves(codes) if packed else codes
+        codes = value.to(code_dtype(lo)).flatten(1)
+        out[rows] = pack_halves(codes) if packed else codes
+        return
+    # a cast to uint8 takes eight times as long as one to int8
+    beyond = hi > 127
+    if beyond:
+        value.sub_(128.0)
+    into = torch.empty_like(value, dtype=torch.int8) if packed else out[rows].view(torch.int8).view(value.shape)
+    codes = into.copy_(value).view(code_dtype(lo))
+    if beyond:
+        codes.bitwise_xor_(128)
+    if packed:
+        out[rows] = pack_halves(codes.flatten(1))
 
 
 def _encode(
@@ -79,9 +81,22 @@ def _encode(
     """w [R, K] -> codes within lo..hi, int8 / uint8 [R, K], or uint8 [R, K/2] if packed."""
     out = empty_codes(w, lo, packed)
     for rows, (buffer,) in chunks(w, 1):
-        fields = part(scale, rows), part(zero, rows), part(minimum, rows)
-        out[rows] = encoded(w[rows], *fields, lo, hi, packed, buffer)
+        value = scaled(w[rows], part(scale, rows), part(minimum, rows), buffer)
+        put_codes(value, part(zero, rows), lo, hi, packed, False, out, rows)
     return out
+
+
+def encode_looking(
+    w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int, packed: bool
+) -> tuple[Tensor, bool]:
+    """The codes, and whether w holds no NaN; for tensors that are `eager_on_cpu`."""
+    out, finite = empty_codes(w, lo, packed), True
+    for rows, (buffer,) in chunks(w, 1):
+        value = scaled(w[rows], part(scale, rows), part(minimum, rows), buffer)
+        fine = not value.numel() or no_nan(value.amax())
+        put_codes(value, part(zero, rows), lo, hi, packed, fine, out, rows)
+        finite &= fine
+    return out, finite
 
 
 def _fake(

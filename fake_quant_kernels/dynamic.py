@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.fake_quant_kernels.affine_encode import affine_encode, encoded
+from qat.fake_quant_kernels.affine_encode import affine_encode, put_codes, scaled
 from qat.fake_quant_kernels.device import clip, project, rint, stored
 from qat.fake_quant_kernels.dispatch import AotCase, Device, Kernel, Op, tl
 from qat.fake_quant_kernels.fields import absmax_fields as absmax_fields
@@ -26,7 +26,7 @@ from qat.fake_quant_kernels.fields import minmax_fields as minmax_fields
 from qat.fake_quant_kernels.fields import range_of as range_of
 from qat.fake_quant_kernels.fields import scale_of_amax as scale_of_amax
 from qat.fake_quant_kernels.fields import zero_of as zero_of
-from qat.fake_quant_kernels.rows import TILE, chunks, empty_codes, fp32, geometry, nibbles, places, rounded, tile
+from qat.fake_quant_kernels.rows import TILE, empty_codes, fp32_chunks, geometry, nibbles, places, rounded, tile
 from qat.fake_quant_kernels.storage import storage_code
 
 # numbers of the longest group that one program holds
@@ -47,10 +47,10 @@ def _absmax(
 ) -> tuple[Tensor, Tensor]:
     """w [R, K] -> (codes, scale)."""
     codes, scale = _absmax_fake(w, groups, inv_reach, lo, hi, storage, smallest, largest, packed, poison)
-    for rows, (wide, buffer) in chunks(w, 2):
-        x = fp32(w[rows], wide)
+    for rows, x, buffer in fp32_chunks(w):
         s = absmax_fields(x, groups, inv_reach, storage, smallest, largest, poison, buffer)
-        scale[rows], codes[rows] = s, encoded(x, s, None, None, lo, hi, packed, buffer)
+        put_codes(scaled(x, s, None, buffer), None, lo, hi, packed, False, codes, rows)
+        scale[rows] = s
     return codes, scale
 
 
@@ -86,12 +86,11 @@ def _minmax(
     """w [R, K] -> (codes, scale, zero or minimum)."""
     how = storage, smallest, largest, half, float_minimum
     codes, scale, second = _minmax_fake(w, groups, inv_steps, lo, hi, *how, packed, poison)
-    for rows, (wide, buffer) in chunks(w, 2):
-        x = fp32(w[rows], wide)
+    for rows, x, buffer in fp32_chunks(w):
         s, f = minmax_fields(x, groups, inv_steps, lo, hi, *how, poison)
         zero, minimum = (None, f) if float_minimum else (f, None)
         scale[rows], second[rows] = s, f
-        codes[rows] = encoded(x, s, zero, minimum, lo, hi, packed, buffer)
+        put_codes(scaled(x, s, minimum, buffer), zero, lo, hi, packed, False, codes, rows)
     return codes, scale, second
 
 

@@ -50,9 +50,11 @@ def _blocks(w: Tensor, groups: int) -> Tensor:
     return w.reshape(w.shape[0], groups, w.shape[1] // groups).float()
 
 
-def scale_of_amax(amax: Tensor, inv_reach: float, storage: torch.dtype, smallest: float, largest: float) -> Tensor:
-    """The stored scale of largest magnitudes of any shape; inv_reach is 1 / reach, a Python float."""
-    return project(amax * inv_reach, storage, smallest, largest)
+def scale_of_amax(
+    amax: Tensor, inv_reach: float, storage: torch.dtype, smallest: float, largest: float, poison: bool = False
+) -> Tensor:
+    """The stored scale of largest magnitudes of any shape; inv_reach is 1 / reach, a float. poison: a NaN stays."""
+    return project(amax * inv_reach, storage, smallest, largest, poison)
 
 
 def fields_of_range(
@@ -97,8 +99,7 @@ def absmax_fields(
 ) -> Tensor:
     """w [R, K] -> stored scales fp32 [R, G]; with `poison` NaN where the group holds a NaN. buffer as in `amax_of`."""
     amax = amax_of(w, groups, buffer)
-    scale = scale_of_amax(amax, inv_reach, storage, smallest, largest)
-    return torch.where(torch.isnan(amax), amax, scale) if poison else scale
+    return scale_of_amax(amax, inv_reach, storage, smallest, largest, poison)
 
 
 def minmax_fields(

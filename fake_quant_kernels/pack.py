@@ -30,6 +30,8 @@ from torch import Tensor
 from qat.errors import QATError
 from qat.fake_quant_kernels.dispatch import AotCase, Device, Kernel, Op, tl
 
+# how codes lie: int8 or uint8 [R, K]; planar halves, two in a byte; two in a byte with their scale (`rowwise4`)
+PLAIN, HALVES, ROWS = "plain", "halves", "rows"
 # codes of a chunk of rows that is packed at a time: halves take two passes, the stream many over 64-bit words
 # (measured on one core of an x86 server: both are slower with a quarter and with four times as many)
 _CHUNK, _STREAM_CHUNK = 1 << 22, 1 << 18

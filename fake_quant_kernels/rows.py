@@ -10,8 +10,10 @@ unit of the low half then goes with the one `per_half` units further.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,16 +56,29 @@ def chunks(w: Tensor, buffers: int) -> list[tuple[slice, list[Tensor | None]]]:
     return [(slice(at, at + height), [each[: rows - at] for each in memory.unbind(0)]) for at in range(0, rows, height)]
 
 
+def eager_on_cpu(t: Tensor) -> bool:
+    """Whether the host can look at the numbers of t without waiting for anything."""
+    return t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def no_nan(t: Tensor) -> bool:
+    """Whether t, in `eager_on_cpu`, holds no NaN. By numpy: a tensor operation would cost more than the answer."""
+    return not t.numel() or not bool(np.isnan(t.numpy().max()))
+
+
 def grouped(t: Tensor, groups: int) -> Tensor:
     """Rows [R, K] -> [R, G, K/G], a view where rows are whole: fields [R, G, 1] broadcast over it."""
     return t.reshape(t.shape[0], groups, t.shape[1] // groups)
 
 
-def fp32(t: Tensor, out: Tensor | None) -> Tensor:
-    """t in fp32: itself if it is, else in new memory or in `out`."""
-    if t.dtype == torch.float32:
-        return t
-    return t.float() if out is None else out.copy_(t)
+def fp32_chunks(w: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Slices of the rows of w, those rows in fp32, and a buffer of their shape."""
+    casts = w.dtype != torch.float32
+    for rows, (buffer, *wide) in chunks(w, 1 + casts):
+        x = w[rows]
+        if casts:
+            x = x.float() if wide[0] is None else wide[0].copy_(x)
+        yield rows, x, buffer
 
 
 def part(field: Tensor | None, rows: slice) -> Any:

@@ -1,6 +1,6 @@
 """4-bit groups as FBGEMM keeps embedding rows: a CPU decodes them in one pass, from nibbles to fp32.
 
-One row per group of n = K/G codes (n divisible by 4), uint8 [R * G, n/2 + 4]:
+One row per group of n = K/G codes (n divisible by 8), uint8 [R * G, n/2 + 4]:
 
     byte j < n/2   =   u[2j] + 16 u[2j + 1]        u = code + 8 of signed codes, else the code
     then fp16 s, fp16 b                            b = -8 s of signed codes, else 0
@@ -12,6 +12,9 @@ of torch.ops.quantized.embedding_bag_4bit_rowwise_offsets; it is asked once whet
 
 Against `affine.decode` of planar halves (2.6 GHz EPYC of family 25, one thread, [2048, 512] in groups of 32, memory not
 in cache): 0.36 against 0.90 ns per number. For caches in eager mode on CPUs; graphs and files never see it.
+
+`absmax` and `encode` are `dynamic.absmax` and `affine.encode` that write rows, chunk by chunk, in few operations: after
+a matmul each of them begins with a cold cache.
 """
 
 from __future__ import annotations
@@ -21,26 +24,81 @@ import functools
 import torch
 from torch import Tensor
 
+from qat.fake_quant_kernels.fields import amax_of, scale_of_amax
+from qat.fake_quant_kernels.rows import eager_on_cpu, fp32_chunks, grouped, no_nan
+
 # above, 8 s leaves fp16
 _LARGEST = 65504.0 / 8
 
 
-def pack(codes: Tensor, scale: Tensor) -> Tensor:
-    """int8 codes -8..7 or uint8 codes 0..15 [R, K] and their scales fp32 [R, G] -> rows uint8 [R * G, K/G/2 + 4]."""
-    signed = codes.dtype == torch.int8
-    groups, half = scale.numel(), codes.numel() // scale.numel() // 2
-    rows = torch.empty((groups, half + 4), dtype=torch.uint8)
+def fits(w: Tensor, groups: int) -> bool:
+    """Whether the codes of w [R, K] in groups can lie so, if their scales can (`holds`)."""
+    rows, columns = w.shape
+    narrow = w.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return eager_on_cpu(w) and narrow and bool(rows * columns) and columns % (8 * groups) == 0 and _exact()
+
+
+def holds(scale: Tensor) -> bool:
+    """Whether rows hold these scales, fp32 numbers of fp16 that are no NaN. Looks at them, which on a CPU waits for
+    nothing."""
+    # a NaN compares false
+    return bool(scale.numpy().max() <= _LARGEST)
+
+
+def absmax(
+    w: Tensor,
+    groups: int,
+    inv_reach: float,
+    lo: int,
+    hi: int,
+    storage: torch.dtype,
+    smallest: float,
+    largest: float,
+) -> tuple[Tensor, Tensor]:
+    """w [R, K] that `fits` -> (rows, scale fp32 [R, G]), a scale of NaN where a group holds one. Rows count if the
+    scales are held."""
+    rows, scale = _empty(w, groups), torch.empty((w.shape[0], groups), dtype=torch.float32)
+    for part, x, buffer in fp32_chunks(w):
+        s = scale_of_amax(amax_of(x, groups, buffer), inv_reach, storage, smallest, largest, True)
+        scale[part] = s
+        value = torch.mul(grouped(x, groups), s.reciprocal().unsqueeze(-1), out=_grouped(buffer, groups))
+        _put(value, s, lo, hi, rows[part])
+    return rows.view(scale.numel(), -1), scale
+
+
+def encode(w: Tensor, scale: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+    """w [R, K] that `fits`, scale fp32 [R, G] -> (rows, scale), the scale NaN throughout if w holds one. Rows count if
+    the scales are held."""
+    groups, found = scale.shape[1], scale
+    rows = _empty(w, groups)
+    for part, x, buffer in fp32_chunks(w):
+        s = scale[part]
+        value = torch.mul(grouped(x, groups), s.reciprocal().unsqueeze(-1), out=_grouped(buffer, groups))
+        if not no_nan(value.amax()):
+            found = torch.full_like(scale, torch.nan)
+        _put(value, s, lo, hi, rows[part])
+    return rows.view(scale.numel(), -1), found
+
+
+def _empty(w: Tensor, groups: int) -> Tensor:
+    rows, columns = w.shape
+    return torch.empty((rows, groups, columns // groups // 2 + 4), dtype=torch.uint8)
+
+
+def _grouped(buffer: Tensor | None, groups: int) -> Tensor | None:
+    return None if buffer is None else grouped(buffer, groups)
+
+
+def _put(value: Tensor, scale: Tensor, lo: int, hi: int, rows: Tensor) -> None:
+    """A chunk: w / s fp32 [r, G, n], overwritten, and s [r, G] -> rows [r, G, n/2 + 4]."""
+    half, offset = value.shape[2] // 2, 8 if lo < 0 else 0
+    codes = torch.empty(value.shape, dtype=torch.int8).copy_(value.round_().clamp_(lo, hi))
     # two codes as one little-endian 16-bit number: the upper one moves down by four bits
-    pairs = (codes + 8 if signed else codes).view(torch.int16)
-    rows[:, :half].copy_((pairs | (pairs >> 4)).view(groups, half))
-    fields = rows[:, half:].view(torch.float16)
-    flat = scale.reshape(-1)
-    fields[:, 0].copy_(flat)
-    if signed:
-        fields[:, 1].copy_(flat * -8.0)
-    else:
-        fields[:, 1].zero_()
-    return rows
+    pairs = (codes.add_(offset) if offset else codes).view(torch.int16)
+    rows[..., :half].copy_((pairs >> 4).bitwise_or_(pairs))
+    fields = rows[..., half:].view(torch.float16)
+    fields[..., 0].copy_(scale)
+    fields[..., 1].copy_(scale * -offset)
 
 
 def decode(rows: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -60,24 +118,14 @@ def _places(count: int) -> tuple[Tensor, Tensor]:
     return ends[:-1], ends
 
 
-def holds(codes: Tensor, scale: Tensor) -> bool:
-    """Whether codes within 4 bits [R, K] with fp16-representable scales [R, G] can be packed so. Looks at the scales,
-    which on a CPU waits for nothing."""
-    size = codes.shape[1] // max(scale.shape[1], 1)
-    if codes.device.type != "cpu" or not codes.numel() or size % 4 or scale.shape[0] != codes.shape[0]:
-        return False
-    # without a tensor operation: a NaN compares false
-    return bool(scale.numpy().max() <= _LARGEST) and _exact()
-
-
 @functools.cache
 def _exact() -> bool:
     """Whether torch has the operator here (x86 with FBGEMM) and it gives code * s."""
     g = torch.Generator().manual_seed(0)
-    codes = torch.randint(-8, 8, (6, 64), generator=g, dtype=torch.int8)
+    codes = torch.randint(-8, 8, (6, 2, 32), generator=g).float()
     scale = (torch.rand(6, 2, generator=g) + 0.5).mul(2.0 ** torch.arange(-13, -1).view(6, 2)).half().float()
-    expected = (codes.view(6, 2, 32).float() * scale.unsqueeze(-1)).view(6, 64)
+    expected = (codes * scale.unsqueeze(-1)).view(6, 64)
     try:
-        return torch.equal(decode(pack(codes, scale), (6, 64), torch.float32), expected)
+        return torch.equal(decode(encode(expected, scale, -8, 7)[0], (6, 64), torch.float32), expected)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False

@@ -52,14 +52,17 @@ def _stored(value: Tensor, storage: torch.dtype) -> Tensor:
     return torch.where(value.abs() < normal, torch.round(value * (1.0 / apart)) * apart, rounded)
 
 
-def project(scale: Tensor, storage: torch.dtype, smallest: float, largest: float) -> Tensor:
+def project(scale: Tensor, storage: torch.dtype, smallest: float, largest: float, keep_nan: bool = False) -> Tensor:
     """fp32 scales of any shape -> the nearest numbers of `storage` within smallest..largest, as fp32.
 
     smallest is positive, both ends are numbers of `storage` and e8m0's largest is below 2^127. NaN becomes the largest,
-    an infinity the end on its side: a stored scale is always finite and positive.
+    an infinity the end on its side: a stored scale is always finite and positive. keep_nan: NaN stays.
     """
+    if keep_nan and storage.itemsize > 1 and not torch.compiler.is_compiling():
+        return _stored(scale.clamp(smallest, largest), storage)
     stored = torch.nan_to_num(scale, nan=largest, posinf=largest, neginf=smallest)
-    return _stored(stored.clamp(smallest, largest), storage)
+    found = _stored(stored.clamp(smallest, largest), storage)
+    return torch.where(torch.isnan(scale), scale, found) if keep_nan else found
 
 
 def project_minimum(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from qat.fake_quant_kernels import rowwise4
-from qat.fake_quant_kernels.pack import pack_halves
+from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.quantizers import Quantizer
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 # codes, scale, zero, minimum
 Entry = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-
-# how codes lie: int8 or uint8 [R, K]; two in a byte (`pack.pack_halves`); two in a byte with their scale (`rowwise4`)
-PLAIN, HALVES, ROWS = "plain", "halves", "rows"
 
 
 class CodeCache:
@@ -85,7 +82,7 @@ class CodeCache:
     def quantized(self, key: str, w: Tensor, quantizer: Quantizer, compiled: bool = False) -> tuple[Entry, str, bool]:
         """(codes and fields, their form, whether they are kept); eager mode only. compiled: in a form for graphs."""
         if not self.owns(key, w):
-            return quantize(quantizer, quantizer.layout.to_rows(w.detach()), False), PLAIN, False
+            return quantize(quantizer, quantizer.layout.to_rows(w.detach())), PLAIN, False
         token = _token(w, quantizer)
         if key not in self.entries or self._tokens.get(key) != token:
             # in inference mode too: they are saved for backward next
@@ -133,23 +130,22 @@ def forget_codes_of(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def quantize(quantizer: Quantizer, w_RK: Tensor, packed: bool) -> Entry:
+def quantize(quantizer: Quantizer, w_RK: Tensor, form: str = PLAIN) -> Entry:
     """Codes and fields as the forward uses them."""
-    codes, fields = quantizer.quantize(w_RK, quantizer.live_spec, packed=packed)
+    codes, fields = quantizer.quantize(w_RK, quantizer.live_spec, form=form)
     return codes, fields.scale, fields.zero, fields.minimum
 
 
 def _kept(quantizer: Quantizer, w_RK: Tensor, compiled: bool) -> tuple[Entry, str]:
     spec = quantizer.live_spec
     if not packs(spec, w_RK.shape[1]):
-        return quantize(quantizer, w_RK, False), PLAIN
+        return quantize(quantizer, w_RK), PLAIN
     fp16 = spec.scale_grid.name in ("portable", "fp16") and spec.zero_point == "none"
-    if compiled or not fp16 or w_RK.device.type != "cpu":
-        return quantize(quantizer, w_RK, True), HALVES
-    codes, scale, zero, minimum = quantize(quantizer, w_RK, False)
-    if rowwise4.holds(codes, scale):
-        return (rowwise4.pack(codes, scale), scale, zero, minimum), ROWS
-    return (pack_halves(codes), scale, zero, minimum), HALVES
+    if fp16 and spec.granularity != "tensor" and not compiled and rowwise4.fits(w_RK, spec.groups(w_RK.shape[1])):
+        entry = quantize(quantizer, w_RK, ROWS)
+        if rowwise4.holds(entry[1]):
+            return entry, ROWS
+    return quantize(quantizer, w_RK, HALVES), HALVES
 
 
 def packs(spec: QuantSpec, columns: int) -> bool:

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.codes import PLAIN, ROWS, CodeCache, Entry, forget_codes_of, packs, quantize
+from qat.codes import CodeCache, Entry, forget_codes_of, packs, quantize
 from qat.fake_quant_kernels import int8_linear
 from qat.fake_quant_kernels.dispatch import uncompiled
+from qat.fake_quant_kernels.pack import PLAIN, ROWS
 from qat.node import Call, KeepInGraph, QuantizedLayer, Slot, inside, no_autocast, random_state
 from qat.ops import ConvOp, EmbeddingOp, ExpertsOp, LayerOp, LinearOp
 from qat.qtensor import Fields
@@ -228,7 +229,7 @@ def _weight(live: Live, key: str, w: Tensor, quantizer: Quantizer | None) -> tup
         # codes of another tensor (functional_call, a Parameter that was replaced) are not this one's
         source, found, form = cache.entries.get(key, (None, None, PLAIN))
         keep = source is w and form != ROWS
-        entry: Entry = found if found is not None and keep else quantize(quantizer, layout.to_rows(w.detach()), False)
+        entry: Entry = found if found is not None and keep else quantize(quantizer, layout.to_rows(w.detach()))
         form = form if keep else PLAIN
     else:
         entry, form, keep = cache.quantized(key, w, quantizer, live.traced)

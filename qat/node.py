@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.codes import HALVES, PLAIN, ROWS
 from qat.fake_quant_kernels import rowwise4
 from qat.fake_quant_kernels.affine import decode, vjp
 from qat.fake_quant_kernels.int8_gradients import int8_dgrad, int8_wgrad
 from qat.fake_quant_kernels.int8_linear import int8_linear
+from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.layout import Layout
 from qat.ops import LayerOp, Tensors
 from qat.qtensor import Fields

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QATError
-from qat.fake_quant_kernels import dynamic
+from qat.fake_quant_kernels import dynamic, rowwise4
 from qat.fake_quant_kernels import fields as ranges
-from qat.fake_quant_kernels.affine import encode, fake_quantize, poisoned
+from qat.fake_quant_kernels.affine import encode, encode_poisoning, fake_quantize
+from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.layout import Layout
 from qat.qtensor import Fields, QTensor
 from qat.specs import QuantSpec
@@ -86,9 +87,10 @@ class Quantizer(nn.Module):
         """Stored fields for fp32 rows [R, K] (or [T, I]); a subclass writes this."""
         raise TypeError(f"{type(self).__name__} has no qparams")
 
-    def fused(self, w_RK: Tensor, spec: QuantSpec, packed: bool) -> tuple[Tensor, Fields] | None:
-        """Codes and fields of a dynamic scale in one pass over the data, the same numbers as `qparams` and `encode`
-        give; a group that holds a NaN gets a scale of NaN. None: there is no such pass."""
+    def fused(self, w_RK: Tensor, spec: QuantSpec, form: str) -> tuple[Tensor, Fields] | None:
+        """Codes (in a form of `fake_quant_kernels.pack`) and fields of a dynamic scale in one pass over the data, the
+        same numbers as `qparams` and `encode` give; a group that holds a NaN gets a scale of NaN. None: there is no
+        such pass."""
         return None
 
     def differentiable(self, fields: Fields) -> Fields | None:
@@ -159,9 +161,10 @@ class Quantizer(nn.Module):
     @final
     @torch.no_grad()
     def quantize(
-        self, w_RK: Tensor, spec: QuantSpec, fields: Fields | None = None, *, packed: bool = False
+        self, w_RK: Tensor, spec: QuantSpec, fields: Fields | None = None, *, form: str = PLAIN
     ) -> tuple[Tensor, Fields]:
-        """What a layer computes with: codes [R, K] (`packed`: two of them in a byte) and the fields that decode them.
+        """What a layer computes with: codes [R, K], in a form of `fake_quant_kernels.pack`, and the fields that decode
+        them.
 
         The numbers of `integers`, but a NaN in w shows: its scale is NaN, so that a run that diverged does not go on
         with zeros. `fields` are used where given (of a scale that stays).
@@ -173,7 +176,7 @@ class Quantizer(nn.Module):
             if moved:
                 self.live_spec = spec
             try:
-                found = self.fused(w_RK, spec, packed)
+                found = self.fused(w_RK, spec, form)
                 fields = self.qparams(w_RK.float()) if found is None else None
             finally:
                 if moved:
@@ -181,8 +184,12 @@ class Quantizer(nn.Module):
             if found is not None:
                 return found
         assert fields is not None
-        codes = encode(w_RK, *fields, spec.grid.qmin, spec.grid.qmax, packed)
-        return codes, fields._replace(scale=poisoned(fields.scale, w_RK))
+        lo, hi = spec.grid.qmin, spec.grid.qmax
+        if form == ROWS:
+            codes, scale = rowwise4.encode(w_RK, fields.scale, lo, hi)
+        else:
+            codes, scale = encode_poisoning(w_RK, *fields, lo, hi, form == HALVES)
+        return codes, fields._replace(scale=scale)
 
     @final
     @torch.no_grad()
@@ -260,23 +267,25 @@ def fields_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> Fields:
     return _asymmetric(*found, spec)
 
 
-def fused_absmax(w_RK: Tensor, spec: QuantSpec, packed: bool) -> tuple[Tensor, Fields] | None:
+def fused_absmax(w_RK: Tensor, spec: QuantSpec, form: str) -> tuple[Tensor, Fields] | None:
     """`Quantizer.fused` with `absmax_fields`."""
     if spec.granularity == "tensor":
         return None
     grid, groups = spec.grid, spec.groups(w_RK.shape[1])
-    codes, scale = dynamic.absmax(
-        w_RK, groups, 1.0 / _reach(spec), grid.qmin, grid.qmax, *_bounds(spec), grid.signed, packed, poison=True
-    )
+    how = groups, 1.0 / _reach(spec), grid.qmin, grid.qmax, *_bounds(spec)
+    if form == ROWS:
+        codes, scale = rowwise4.absmax(w_RK, *how)
+    else:
+        codes, scale = dynamic.absmax(w_RK, *how, grid.signed, form == HALVES, poison=True)
     return codes, Fields(scale)
 
 
-def fused_minmax(w_RK: Tensor, spec: QuantSpec, packed: bool) -> tuple[Tensor, Fields] | None:
+def fused_minmax(w_RK: Tensor, spec: QuantSpec, form: str) -> tuple[Tensor, Fields] | None:
     """`Quantizer.fused` with `minmax_fields`."""
     if spec.granularity == "tensor":
         return None
     grid, groups = spec.grid, spec.groups(w_RK.shape[1])
-    half, real = spec.scale_grid.name == "portable", spec.zero_point == "float"
+    half, real, packed = spec.scale_grid.name == "portable", spec.zero_point == "float", form == HALVES
     codes, scale, second = dynamic.minmax(
         w_RK, groups, 1.0 / grid.steps, grid.qmin, grid.qmax, *_bounds(spec), half, real, packed, poison=True
     )

@@ -24,5 +24,5 @@ class Minmax(Quantizer):
     def qparams(self, w_RK: Tensor) -> Fields:
         return minmax_fields(w_RK.detach(), self.live_spec)
 
-    def fused(self, w_RK: Tensor, spec: QuantSpec, packed: bool) -> tuple[Tensor, Fields] | None:
-        return fused_minmax(w_RK, spec, packed)
+    def fused(self, w_RK: Tensor, spec: QuantSpec, form: str) -> tuple[Tensor, Fields] | None:
+        return fused_minmax(w_RK, spec, form)
