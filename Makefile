@@ -3,7 +3,7 @@
 # make test    the whole test suite
 # make lint    ruff and mypy
 # make docs    README's tables and picture from benchmarks/results/demo.json and cpu.json
-# make bench-cpu   QAT step over float step, beside other libraries, one thread: benchmarks/results/cpu.json (15 minutes)
+# make bench-cpu   QAT step over float step, beside other libraries, one thread: benchmarks/results/cpu.json (45 minutes)
 # make bench-gpu   kernels and Llama steps on one GPU, with nothing but torch and triton: benchmarks/results/gpu-*.json
 # make aot     every kernel compiled for GPUs that need not be there, and judged: benchmarks/results/aot-*.json
 # make clean   removes what the targets above made

@@ -48,6 +48,9 @@ def affine(at: Size) -> Arguments:
     yield "affine_fake", (at.normal(0), at.scale(), None, None, -8, 7)
     yield "affine_fake", (at.normal(0), at.scale(), zero, None, -8, 7)
     yield "affine_fake", (at.normal(0), at.scale(), None, -3 * at.scale(8), 0, 15)
+    # on a CPU layers reach plain torch without these operations
+    yield "affine_encode", (at.normal(0), at.scale(), None, None, -8, 7, True)
+    yield "affine_vjp", (at.normal(1), at.normal(0), at.scale(), None, None, -8, 7, True, True, False)
 
 
 def codebook(encode_dynamic: Callable[..., Any], at: Size) -> Arguments:

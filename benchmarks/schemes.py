@@ -47,7 +47,7 @@ GPU = {
     "qat W8A8 simulated": Scheme("activation", W8A8, {"real": False}),
     "qat W8A8 real": Scheme("activation", W8A8, {"real": True}),
     "qat FP8 real": Scheme("activation", FP8, {"real": True}),
-    # the words of a recipe for these two are yet to be chosen; until then their rows say so
+    # recipes have no fp8 grid yet; until then the rows of these say so
     "qat W8A8 real, int8 backward": Scheme("activation", {**W8A8, "backward": "int8"}, {"real": True}),
     "qat FP8 real, fp8 backward": Scheme("activation", {**FP8, "backward": "fp8"}, {"real": True}),
 }
@@ -90,7 +90,8 @@ def gate(model: nn.Module, loss: Tensor, tokens: int = 64) -> list[str]:
     tokens    rows of the random inputs on which each layer's node is compared with plain autograd
 
     For every layer: the law (quantizer(w) == integers(w).dequantize(), bit for bit); output and gradients of x, the
-    weight and each learned scale against F.linear(quantizer(x), quantizer(w)) under autograd.
+    weight and each learned scale against F.linear(quantizer(x), quantizer(w)) under autograd (of a rounded backward to
+    within its rounding).
     """
     from qat.steps import qat_layers
 
@@ -132,7 +133,13 @@ def _differences(layer: Any, tokens: int) -> list[str]:
     pairs = zip(["y", "dx", "dw", *("dscale" for _ in learned)], (y, *found), (plain, *wanted), strict=True)
     problems = []
     for name, ours, reference in pairs:
-        largest = float((ours.detach().float() - reference.detach().float()).abs().max())
-        if not largest <= allowed * float(reference.detach().abs().max()):
+        difference, wanted_one = ours.detach().float() - reference.detach().float(), reference.detach().float()
+        if layer._qat.backward != "float" and name != "y":
+            # one stochastic rounding; `int8_gradients` bounds its variance
+            if not float(difference.norm()) <= 0.05 * float(wanted_one.norm()):
+                problems.append(f"{name} is further from plain autograd than 8-bit rounding explains")
+            continue
+        largest = float(difference.abs().max())
+        if not largest <= allowed * float(wanted_one.abs().max()):
             problems.append(f"{name} differs from plain autograd by {largest:.3g}")
     return problems

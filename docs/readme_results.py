@@ -1,13 +1,14 @@
 """Write README's tables and picture from results files, so that every number in README was measured.
 
-    python docs/readme_results.py            benchmarks/results/{demo,cpu}.json -> README.md and docs/results.svg
-    python docs/readme_results.py --check    change nothing; exit 1 if README.md differs from what would be written
+    python docs/readme_results.py            benchmarks/results/{demo,cpu,backward}.json -> README.md, docs/cost.md
+                                             and docs/results.svg
+    python docs/readme_results.py --check    change nothing; exit 1 if a page differs from what would be written
 
 A results file holds {"environment": {name: value}, "rows": [{suite, case, tool, metric, value, better}, ...]}; rows may
 have a goal too. The rows of the suite `demo` become a table with a line for each case and tool and a column for each
 metric, in the order in which they come; the picture shows the metric that is drawn (`DRAWN`). Those of the suite `cpu`
 become a second table, between markers of its own: a line for each case, a column for each tool, and in each cell the
-two metrics of `CELL`.
+two metrics of `CELL`. Those of the suite `backward` become a table in docs/cost.md.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ SPEED_SUITE = "cpu"
 # what a cell of the second table shows: step time over the float step's, and bytes alive after a forward
 CELL = ("time_ratio", "alive_bytes")
 NOT_MEASURED = "Run `make bench-cpu`: it measures on your machine, beside other libraries, and writes the table."
+COST = ROOT / "docs" / "cost.md"
+BACKWARD = ROOT / "benchmarks" / "results" / "backward.json"
+BACKWARD_START, BACKWARD_END = "<!-- backward:start -->", "<!-- backward:end -->"
+BACKWARD_COMMAND = "python -m benchmarks.backward"
 ARROWS = {"lower": "↓", "higher": "↑"}
 NOTHING_YET = "Run `make demo`: it measures on your machine and writes the table, the plots and the figures."
 
@@ -62,7 +67,7 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def table(environment: dict[str, Any], rows: list[Row]) -> str:
+def table(environment: dict[str, Any], rows: list[Row], command: str = "python benchmarks/demo_seeds.py") -> str:
     """The markdown table and a line about where it was measured."""
     metrics = {row["metric"]: ARROWS.get(row["better"], "") for row in rows}
     values = {(row["case"], row["tool"], row["metric"]): row["value"] for row in rows}
@@ -75,16 +80,16 @@ def table(environment: dict[str, Any], rows: list[Row]) -> str:
         cells = ["" if value is None else number(value) for value in found]
         lines.append(f"| {case} | {tool} | " + " | ".join(cells) + " |")
     measured = ", ".join(f"{name} {value}" for name, value in environment.items() if not isinstance(value, dict | list))
-    lines += ["", f"↓ lower is better, ↑ higher is better. {source(environment)} with {measured}."]
+    lines += ["", f"↓ lower is better, ↑ higher is better. {source(environment, command)} with {measured}."]
     return "\n".join(lines)
 
 
-def source(environment: dict[str, Any]) -> str:
+def source(environment: dict[str, Any], command: str) -> str:
     """What the figures are and which command measures them; `seeds` are those of a file with means."""
     seeds = str(environment.get("seeds", "")).split()
     if not seeds:
         return "Measured by `make demo`"
-    return f"Mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}, measured by `python benchmarks/demo_seeds.py`"
+    return f"Mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}, measured by `{command}`"
 
 
 def block(results: Path) -> str:
@@ -114,6 +119,13 @@ def speed_block(results: Path) -> str:
         "of other libraries are the nearest that they have. Measured by `make bench-cpu` with"
     )
     return "\n".join([*lines, "", f"{explained} {measured}."])
+
+
+def backward_block(results: Path) -> str:
+    """What stands between the markers of docs/cost.md."""
+    if not results.is_file():
+        return f"Run `{BACKWARD_COMMAND}`: it measures on your machine and writes the figures."
+    return table(*read(results, "backward"), BACKWARD_COMMAND)
 
 
 def drawn(rows: list[Row]) -> str:
@@ -147,19 +159,20 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def replaced(readme: str, text: str, start: str = START, end: str = END) -> str:
-    """README with `text` between the markers; raises ValueError unless each marker is there once."""
+    """A page with `text` between the markers; raises ValueError unless each marker is there once."""
     if readme.count(start) != 1 or readme.count(end) != 1 or readme.index(start) > readme.index(end):
-        raise ValueError(f"README.md needs one {start} and, after it, one {end}")
+        raise ValueError(f"README.md and docs/cost.md need one {start} and, after it, one {end}, where these belong")
     return f"{readme[: readme.index(start)]}{start}\n{text}\n{readme[readme.index(end) :]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write README's results from a results file.")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     options = parser.parse_args(arguments)
     try:
-        old = README.read_text(encoding="utf-8")
-        new = replaced(replaced(old, block(RESULTS)), speed_block(SPEED), SPEED_START, SPEED_END)
+        old = {page: page.read_text(encoding="utf-8") for page in (README, COST)}
+        first = replaced(replaced(old[README], block(RESULTS)), speed_block(SPEED), SPEED_START, SPEED_END)
+        new = {README: first, COST: replaced(old[COST], backward_block(BACKWARD), BACKWARD_START, BACKWARD_END)}
         if options.check:
             return int(old != new)
         if RESULTS.is_file():
@@ -167,7 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as problem:
         print(problem, file=sys.stderr)
         return 2
-    README.write_text(new, encoding="utf-8")
+    for page, text in new.items():
+        page.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import cpu, gpu, op_cases, schemes
+from benchmarks import backward, cpu, gpu, op_cases, schemes
 from benchmarks.common import AGAIN, FIELDS, FLOAT
 from benchmarks.peers import PEERS
 
@@ -67,7 +67,21 @@ def test_gpu_suite(tmp_path: Path) -> None:
     steps = [entry for entry in rows if entry["case"].startswith("llama")]
     assert {entry["tool"] for entry in steps} == {FLOAT, AGAIN, *schemes.GPU, *PEERS}
     timed = {entry["tool"] for entry in steps if entry["metric"] == "time_ratio"}
-    assert timed >= {FLOAT, "qat W4A16 dynamic", "qat W4A16 LSQ", "qat W8A8 simulated", "qat W8A8 real"}
+    assert timed >= {FLOAT, *(tool for tool in schemes.GPU if "FP8" not in tool)}
+
+
+def test_quality_of_backwards(tmp_path: Path) -> None:
+    """Every recipe with every backward has figures, and that of a rounded one over the float one's."""
+    pytest.importorskip("transformers")
+    out = tmp_path / "backward.json"
+    assert backward.main(["--fast", "--seeds", "0", "--out", str(out)]) == 0
+    figures = {(e["case"], e["tool"], e["metric"]): e["value"] for e in rows_of(out) if e["suite"] == backward.SUITE}
+    for case in backward.RECIPES:
+        exact = figures[case, "float backward", "kl"]
+        for kind in backward.BACKWARDS[1:]:
+            rounded = figures[case, f"{kind} backward", "kl"]
+            assert rounded != exact
+            assert figures[case, f"{kind} backward", "kl / float backward's"] == pytest.approx(rounded / exact)
 
 
 def test_gpu_suite_needs_a_device(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,9 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(generator, "RESULTS", tmp_path / "demo.json")
     monkeypatch.setattr(generator, "PICTURE", tmp_path / "results.svg")
     monkeypatch.setattr(generator, "SPEED", tmp_path / "cpu.json")
+    monkeypatch.setattr(generator, "COST", tmp_path / "cost.md")
+    monkeypatch.setattr(generator, "BACKWARD", tmp_path / "backward.json")
+    (tmp_path / "cost.md").write_text(f"a\n{generator.BACKWARD_START}\nold 9\n{generator.BACKWARD_END}\nz\n")
     second = f"{generator.SPEED_START}\nold 8\n{generator.SPEED_END}"
     (tmp_path / "README.md").write_text(f"before\n{generator.START}\nold 7\n{generator.END}\n{second}\nafter\n")
     (tmp_path / "demo.json").write_text(json.dumps(RESULTS))
@@ -44,6 +47,8 @@ def test_readme_is_what_the_results_file_says() -> None:
     assert readme == generator.replaced(readme, generator.block(generator.RESULTS)), "run `make docs`"
     second = generator.speed_block(generator.SPEED)
     assert readme == generator.replaced(readme, second, generator.SPEED_START, generator.SPEED_END), "run `make docs`"
+    cost, third = generator.COST.read_text(encoding="utf-8"), generator.backward_block(generator.BACKWARD)
+    assert cost == generator.replaced(cost, third, generator.BACKWARD_START, generator.BACKWARD_END), "run `make docs`"
     assert generator.RESULTS.is_file() == generator.PICTURE.is_file()
 
 
@@ -91,10 +96,23 @@ def test_writes_the_second_table(tree: Path) -> None:
     assert generator.main(["--check"]) == 0
 
 
+def test_writes_the_third_table_on_its_page(tree: Path) -> None:
+    fields = {"suite": "backward", "case": "W8A8", "tool": "int8", "metric": "kl", "value": 0.5, "better": "lower"}
+    other = {**fields, "suite": "backward seed 0", "value": 0.75}
+    (tree / "backward.json").write_text(json.dumps({"environment": {"seeds": "0 1"}, "rows": [fields, other]}))
+    assert generator.main([]) == 0
+    cost = (tree / "cost.md").read_text(encoding="utf-8")
+    assert "| W8A8 | int8 | 0.5 |" in cost and "old 9" not in cost and "0.75" not in cost
+    assert "Mean of 2 seeds, measured by `python -m benchmarks.backward`" in cost
+    assert generator.main(["--check"]) == 0
+    (tree / "backward.json").unlink()
+    assert generator.main(["--check"]) == 1
+
+
 def test_means_say_of_how_many_seeds() -> None:
-    assert generator.source({"seeds": "0 1 2"}) == "Mean of 3 seeds, measured by `python benchmarks/demo_seeds.py`"
-    assert generator.source({"seeds": "4"}).startswith("Mean of 1 seed, ")
-    assert generator.source({"seed": 0}) == "Measured by `make demo`"
+    assert generator.source({"seeds": "0 1 2"}, "this") == "Mean of 3 seeds, measured by `this`"
+    assert generator.source({"seeds": "4"}, "this").startswith("Mean of 1 seed, ")
+    assert generator.source({"seed": 0}, "this") == "Measured by `make demo`"
 
 
 def test_without_results_it_says_how_to_get_them(tree: Path) -> None:
