@@ -2,7 +2,7 @@
 # make demo    trains, exports and reads back a small model: runs/demo/report.html and runs/demo/results.json
 # make test    the whole test suite
 # make lint    ruff and mypy
-# make docs    README's tables and picture from benchmarks/results/demo.json and cpu.json
+# make docs    tables and picture of README and docs/cost.md from benchmarks/results/{demo,cpu,backward}.json
 # make bench-cpu   QAT step over float step, beside other libraries, one thread: benchmarks/results/cpu.json (45 minutes)
 # make bench-gpu   kernels and Llama steps on one GPU, with nothing but torch and triton: benchmarks/results/gpu-*.json
 # make aot     every kernel compiled for GPUs that need not be there, and judged: benchmarks/results/aot-*.json

@@ -117,9 +117,9 @@ class Group:
     def case(self, accumulation: int) -> str:
         return f"{self.network.name} {self.dtype} {self.mode} accumulation {accumulation}"
 
-    def build(self, peers: set[str] | None) -> None:
-        """Every tool's model after two steps, of peers those named (None: all); tools that cannot go to `absent`, what
-        the gate finds to `problems`."""
+    def build(self, peers: set[str] | None, absent: dict[str, str]) -> None:
+        """Every tool's model after two steps, of peers those named (None: all); tools that cannot go to `absent` (with
+        the reason that is known already), what the gate finds to `problems`."""
         torch.manual_seed(0)
         base = self.network.make().to(DTYPES[self.dtype]).train()
         batch = self.network.batch(DTYPES[self.dtype])
@@ -128,7 +128,7 @@ class Group:
                 self.absent[tool] = "not compiled: its modules break the graph at every layer"
                 continue
             if peers is not None and tool in PEERS and tool not in peers:
-                self.absent[tool] = f"{_BEHIND} in the first network"
+                self.absent[tool] = absent.get(tool, f"{_BEHIND} in the first network")
                 continue
             before = memory.storages()
             try:
@@ -221,14 +221,15 @@ def groups(networks: Sequence[Network], only: str) -> Iterator[Group]:
 def run(networks: Sequence[Network], only: str, rounds: int | None, deadline: float) -> tuple[list[Row], list[str]]:
     """Rows, and what the gate found (then the rows are those of the groups before it)."""
     found: list[Row] = []
-    led: dict[tuple[str, str], set[str]] = {}
+    led: dict[tuple[str, str], tuple[set[str] | None, dict[str, str]]] = {}
     for group in groups(networks, only):
         if time.monotonic() > deadline:
             found += [missing(SUITE, group.case(a), FLOAT, "the time budget was spent") for a in ACCUMULATIONS]
             continue
         began = time.monotonic()
         kind = group.dtype, group.mode
-        group.build(led.get(kind) if group.network.best_peers_only else None)
+        leaders, absent = led.get(kind, (None, {}))
+        group.build(leaders if group.network.best_peers_only else None, absent)
         if group.problems:
             return found, group.problems
         best: set[str] | None = None
@@ -242,7 +243,7 @@ def run(networks: Sequence[Network], only: str, rounds: int | None, deadline: fl
             found += rows + [missing(SUITE, case, tool, f"{_BEHIND} at accumulation 1") for tool in sorted(left_out)]
             if best is None:
                 best = best_peers(rows, group.variants)
-                led.setdefault(kind, best)
+                led.setdefault(kind, (best, group.absent))
             times = {r["tool"]: r["value"] for r in rows if r["metric"] == "time_ratio"}
             shown = ", ".join(f"{tool} {value:.3f}" for tool, value in times.items())
             print(f"{time.monotonic() - began:5.0f} s  {case}: {shown}", flush=True)

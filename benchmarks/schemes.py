@@ -46,9 +46,9 @@ GPU = {
     "qat W4A16 LSQ": Scheme("weight", {"weight": group(128, "lsq")}),
     "qat W8A8 simulated": Scheme("activation", W8A8, {"real": False}),
     "qat W8A8 real": Scheme("activation", W8A8, {"real": True}),
-    "qat FP8 real": Scheme("activation", FP8, {"real": True}),
-    # recipes have no fp8 grid yet; until then the rows of these say so
     "qat W8A8 real, int8 backward": Scheme("activation", {**W8A8, "backward": "int8"}, {"real": True}),
+    # recipes have no fp8 grid yet; until then the rows of these say so
+    "qat FP8 real": Scheme("activation", FP8, {"real": True}),
     "qat FP8 real, fp8 backward": Scheme("activation", {**FP8, "backward": "fp8"}, {"real": True}),
 }
 

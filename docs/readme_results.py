@@ -115,7 +115,8 @@ def speed_block(results: Path) -> str:
     measured = ", ".join(f"{name} {value}" for name, value in environment.items() if not isinstance(value, dict | list))
     explained = (
         "Time of a training step over that of the float step of the same case, and bytes alive after a forward beside "
-        "the parameters, caches included; lower is better. `float again` is a second float model: the spread. Schemes "
+        "the parameters, caches included; lower is better. Of other libraries, those that lead their kind in a case's "
+        "first rows are timed in its long ones. `float again` is a second float model: the spread. Schemes "
         "of other libraries are the nearest that they have. Measured by `make bench-cpu` with"
     )
     return "\n".join([*lines, "", f"{explained} {measured}."])

@@ -198,8 +198,8 @@ def vjp(
     dw: Tensor | None = grad if need_w else None
     if not (ours or need_scale or need_lost):
         return dw, None, None, None
-    plain = grad.is_contiguous() and not torch.compiler.is_compiling() and not uses_triton(grad.device)
-    op = vjp_over if spend and plain else affine_vjp
+    plain = spend and grad.is_contiguous() and eager_on_cpu(grad) and not uses_triton(grad.device)
+    op = vjp_over if plain else affine_vjp
     found, dscale, lost = op(grad, w, scale, zero, minimum, lo, hi, ours, need_scale, need_lost)
     return (
         found if ours else dw,
@@ -233,6 +233,7 @@ class _FakeQuantize(torch.autograd.Function):
         return affine_fake(w, scale, zero, minimum, lo, hi)  # type: ignore[no-any-return]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (*vjp(grads[0], *ctx.saved_tensors, *ctx.grid, *ctx.needs_input_grad[:4]), None, None, None)
 

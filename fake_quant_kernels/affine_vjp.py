@@ -20,7 +20,7 @@ from torch import Tensor
 from qat.fake_quant_kernels.affine_encode import scaled
 from qat.fake_quant_kernels.device import clip, rint
 from qat.fake_quant_kernels.dispatch import AotCase, Device, Kernel, Op, tl
-from qat.fake_quant_kernels.rows import chunks, field_of, geometry, grouped, part, places, tile, tiling
+from qat.fake_quant_kernels.rows import chunks, eager_on_cpu, field_of, geometry, grouped, part, places, tile, tiling
 
 
 def clamped(value: Tensor, zero: Tensor | None, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
@@ -89,7 +89,7 @@ def _walk(
         dscale.zero_()
         lost.zero_()
     groups, dtype = scale.shape[1], torch.promote_types(w.dtype, torch.float32)
-    casts, straight = grad.dtype != dtype, grad.dtype == dtype and not torch.compiler.is_compiling()
+    casts, straight = grad.dtype != dtype, grad.dtype == dtype and eager_on_cpu(grad)
     for rows, buffers in chunks(w, 2 + need_scale + need_lost + casts):
         spare = iter([None if each is None else grouped(each, groups) for each in buffers[1:]])
         value = scaled(w[rows], part(scale, rows), part(minimum, rows), buffers[0])

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.fake_quant_kernels.int8_linear import op, signed
+from qat.fake_quant_kernels.int8_linear import LONGEST, op, signed
 from qat.fake_quant_kernels.stochastic_int8 import stochastic_int8
 
 
@@ -32,7 +32,7 @@ def int8_dgrad(g: Tensor, w_codes: Tensor, w_scale: Tensor, seed: Tensor | int, 
     for O beyond 131071.
     """
     codes, scale = stochastic_int8(g, seed, w_scale.t())
-    return op(codes, scale, w_codes.t(), torch.ones_like(scale[:1]), None, dtype, None)  # type: ignore[no-any-return]
+    return op(codes, scale, w_codes.t(), scale.new_ones((1, 1)), None, dtype, None)  # type: ignore[no-any-return]
 
 
 def int8_wgrad(
@@ -40,12 +40,20 @@ def int8_wgrad(
 ) -> Tensor:
     """dw [O, K] of `dtype`, in expectation g [T, O] transposed times (x_codes - x_zero) * x_scale [T, K].
 
-    x_codes int8 or uint8; x_scale, x_zero [T, 1] or [1, 1] fp32; seed as for `stochastic_int8`. Raises QATError for T
-    beyond 131071.
+    x_codes int8 or uint8; x_scale, x_zero [T, 1] or [1, 1] fp32; seed as for `stochastic_int8`. Of more than 131071
+    tokens pieces are rounded on their own and added up in fp32.
     """
+    if g.shape[0] > LONGEST:
+        dw = g.new_zeros((g.shape[1], x_codes.shape[1]), dtype=torch.float32)
+        for number, at in enumerate(range(0, g.shape[0], LONGEST)):
+            piece = slice(at, at + LONGEST)
+            s, z = (t if t is None or t.shape[0] == 1 else t[piece] for t in (x_scale, x_zero))
+            assert s is not None
+            dw += int8_wgrad(g[piece], x_codes[piece], s, seed + number, torch.float32, z)
+        return dw.to(dtype)
     x_codes, x_zero = signed(x_codes, x_scale, x_zero)
     codes, scale = stochastic_int8(g.t(), seed, x_scale.t())
-    one = torch.ones_like(scale[:1])
+    one = scale.new_ones((1, 1))
     if x_zero is None:
         return op(codes, scale, x_codes.t(), one, None, dtype, None)  # type: ignore[no-any-return]
     # sum_t code[o, t] * z[t] is the same for every k: one number per row, taken off in fp32

@@ -52,18 +52,21 @@ def chunks(w: Tensor, buffers: int) -> list[tuple[slice, list[Tensor | None]]]:
     if at_once or rows * columns <= _CHUNK:
         return [(slice(None), [None] * buffers)]
     height = max(1, _CHUNK // columns)
-    memory = torch.empty((buffers, height, columns), dtype=torch.float32)
+    memory = torch.empty((buffers, height, columns), dtype=torch.float32, device=w.device)
     return [(slice(at, at + height), [each[: rows - at] for each in memory.unbind(0)]) for at in range(0, rows, height)]
 
 
 def eager_on_cpu(t: Tensor) -> bool:
     """Whether the host can look at the numbers of t without waiting for anything."""
-    return t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    if t.device.type != "cpu" or type(t) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        return False
+    # vmap's tensors look like any other
+    return not torch._C._are_functorch_transforms_active()
 
 
 def no_nan(t: Tensor) -> bool:
-    """Whether t, in `eager_on_cpu`, holds no NaN. By numpy: a tensor operation would cost more than the answer."""
-    return not t.numel() or not bool(np.isnan(t.numpy().max()))
+    """Whether t, not empty and `eager_on_cpu`, holds no NaN. By numpy: a tensor operation would cost more."""
+    return not bool(np.isnan(t.numpy().max()))
 
 
 def grouped(t: Tensor, groups: int) -> Tensor:

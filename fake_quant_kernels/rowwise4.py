@@ -57,7 +57,7 @@ def absmax(
 ) -> tuple[Tensor, Tensor]:
     """w [R, K] that `fits` -> (rows, scale fp32 [R, G]), a scale of NaN where a group holds one. Rows count if the
     scales are held."""
-    rows, scale = _empty(w, groups), torch.empty((w.shape[0], groups), dtype=torch.float32)
+    rows, scale = _empty(w, groups), w.new_empty((w.shape[0], groups), dtype=torch.float32)
     for part, x, buffer in fp32_chunks(w):
         s = scale_of_amax(amax_of(x, groups, buffer), inv_reach, storage, smallest, largest, True)
         scale[part] = s
@@ -82,7 +82,7 @@ def encode(w: Tensor, scale: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
 
 def _empty(w: Tensor, groups: int) -> Tensor:
     rows, columns = w.shape
-    return torch.empty((rows, groups, columns // groups // 2 + 4), dtype=torch.uint8)
+    return w.new_empty((rows, groups, columns // groups // 2 + 4), dtype=torch.uint8)
 
 
 def _grouped(buffer: Tensor | None, groups: int) -> Tensor | None:
@@ -92,7 +92,7 @@ def _grouped(buffer: Tensor | None, groups: int) -> Tensor | None:
 def _put(value: Tensor, scale: Tensor, lo: int, hi: int, rows: Tensor) -> None:
     """A chunk: w / s fp32 [r, G, n], overwritten, and s [r, G] -> rows [r, G, n/2 + 4]."""
     half, offset = value.shape[2] // 2, 8 if lo < 0 else 0
-    codes = torch.empty(value.shape, dtype=torch.int8).copy_(value.round_().clamp_(lo, hi))
+    codes = value.new_empty(value.shape, dtype=torch.int8).copy_(value.round_().clamp_(lo, hi))
     # two codes as one little-endian 16-bit number: the upper one moves down by four bits
     pairs = (codes.add_(offset) if offset else codes).view(torch.int16)
     rows[..., :half].copy_((pairs >> 4).bitwise_or_(pairs))
@@ -114,16 +114,17 @@ def decode(rows: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 @functools.lru_cache(maxsize=8)
 def _places(count: int) -> tuple[Tensor, Tensor]:
     """Each row as a bag of its own: which rows, and where bags begin and end."""
-    ends = torch.arange(count + 1, dtype=torch.int32)
+    ends = torch.arange(count + 1, dtype=torch.int32, device="cpu")
     return ends[:-1], ends
 
 
 @functools.cache
 def _exact() -> bool:
     """Whether torch has the operator here (x86 with FBGEMM) and it gives code * s."""
-    g = torch.Generator().manual_seed(0)
-    codes = torch.randint(-8, 8, (6, 2, 32), generator=g).float()
-    scale = (torch.rand(6, 2, generator=g) + 0.5).mul(2.0 ** torch.arange(-13, -1).view(6, 2)).half().float()
+    with torch.device("cpu"):
+        g = torch.Generator().manual_seed(0)
+        codes = torch.randint(-8, 8, (6, 2, 32), generator=g).float()
+        scale = (torch.rand(6, 2, generator=g) + 0.5).mul(2.0 ** torch.arange(-13, -1).view(6, 2)).half().float()
     expected = (codes * scale.unsqueeze(-1)).view(6, 64)
     try:
         return torch.equal(decode(encode(expected, scale, -8, 7)[0], (6, 64), torch.float32), expected)

@@ -150,7 +150,8 @@ def rehearse(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     layers = [m for m in model.modules() if isinstance(m, QATLayer)]
     active = [layer._qat.active for layer in layers]
     try:
-        with torch.random.fork_rng(devices=[]):
+        gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=sorted(gpus)):
             for train in (True, False):
                 model.train(train)
                 for layer in layers:

@@ -100,7 +100,11 @@ class Live:
     def trains(self, layer: nn.Module) -> bool:
         """Whether a forward now is one of training. A network that its training module keeps in eval mode (as
         `from_pretrained` returns it) is trained all the same."""
-        return torch.is_grad_enabled() and (layer.training or (self.root is not None and self.root.training))
+        return torch.is_grad_enabled() and self.in_training(layer)
+
+    def in_training(self, layer: nn.Module) -> bool:
+        """`trains`, whether or not gradients are wanted now."""
+        return layer.training or (self.root is not None and self.root.training)
 
 
 class QATLayer(nn.Module):
@@ -203,10 +207,12 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
                 quantized += entry
         integer = live.real and _multiplies_codes(op, live.blend, x_slot, x_quantized, slots[0], quantized, dtype)
         random = random_state(layer) if op.replays else None
-        backward, seeds = live.backward if live.blend is None and torch.is_grad_enabled() else "float", None
-        if backward != "float":
-            # of torch's own generator, so that a seeded run and a recomputed forward round alike
+        backward, seeds = "float", None
+        if live.backward != "float" and live.blend is None and live.in_training(layer):
+            # of torch's own generator, so that a seeded run and a recomputed forward round alike; without gradients
+            # too, or a forward that is run again with them (reentrant checkpointing) would find other random numbers
             seeds = torch.randint(-(2**63), 2**63 - 1, (2,), device=weights[0].device)
+            backward = live.backward
         call = Call(layer, op, dtype, x_slot, tuple(slots), len(inputs), integer, random, backward)
         y: Tensor = QuantizedLayer.apply(call, live.blend, seeds, *inputs, *weights, *x_quantized, *quantized)  # type: ignore[no-untyped-call]
         frozen = [q for q in layer_quantizers(layer) if q.frozen]

@@ -10,6 +10,8 @@ optimizer step for a weight (`qat.codes`), and learned scales get their gradient
     codes     at most a byte per weight, shared with the code cache; nothing where `Slot.keep` is false: then backward
               quantizes w again, and nothing as large as the weight stays alive between the two (FSDP2, ZeRO-3)
 
+    seeds     two numbers, of a backward that rounds (`int8`); it quantizes w again where codes are packed
+
 and never a fake-quantized weight. Everything in here is plain torch or one of our operators, so that torch.compile
 takes the node into its graph.
 """
@@ -84,7 +86,7 @@ class Slot:
     quantizer: Quantizer
     spec: QuantSpec
     layout: Layout
-    # how the codes lie (`qat.codes`)
+    # how the codes lie (`qat.fake_quant_kernels.pack`)
     form: str = PLAIN
     # codes are saved for backward
     keep: bool = True

@@ -202,7 +202,11 @@ def _resolve(names: tuple[str, ...], module: nn.Module, recipe: Recipe, used: Co
             if rule.weight is not None:
                 row = replace(row, weight=spec_of(rule.weight), weight_rule=rule_name)
             x = spec_of(rule.input) if rule.input is not None and kind != "Embedding" else row.input
-            row = replace(row, rule=rule_name, input=x, backward=rule.backward or row.backward, listed=False)
+            # a rule about gradients alone leaves a listed layer listed
+            listed = row.listed and rule.weight is None and rule.input is None
+            row = replace(row, rule=rule_name, input=x, backward=rule.backward or row.backward, listed=listed)
+    if not row.quantized:
+        row = replace(row, backward="float")
     if entry is None:
         return replace(row, params=_numbers(module), note=why)
     kinds = entry[1].kinds(module)
@@ -282,7 +286,10 @@ def _backward_reasons(row: PlanRow, kind: str, module: nn.Module) -> list[str]:
         found.append(f"{said} needs an input with zero_point=none or int; this one is {x or 'float'}; use int8_dgrad")
     outputs = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
     if outputs > LONGEST:
-        found.append(f"{said} adds up at most {LONGEST} products in 32 bits, and this layer has {outputs} outputs")
+        found.append(
+            f"{said} adds up at most {LONGEST} products in 32 bits, and this layer has {outputs} outputs; use "
+            "backward=float for it"
+        )
     return found
 
 

@@ -147,7 +147,7 @@ def _rule(rule: Rule, path: str) -> list[str]:
             if getattr(rule, key) is not None:
                 found.append(f"{path}.keep_float: true is not allowed beside {path}.{key}; leave one of them out")
     elif rule.weight is None and rule.input is None and rule.backward is None:
-        found.append(f"{path}: the rule does nothing; give it a weight, an input or keep_float: true")
+        found.append(f"{path}: the rule does nothing; give it a weight, an input, a backward or keep_float: true")
     if rule.backward is not None:
         found += _one_of(f"{path}.backward", rule.backward, BACKWARDS)
     if rule.weight is not None:

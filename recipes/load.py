@@ -110,7 +110,12 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain data: text, numbers, true, false, null, lists and mappings."""
-    return dataclasses.asdict(recipe)
+    data = dataclasses.asdict(recipe)
+    for rule in data["rules"].values():
+        if rule["backward"] is None:
+            # records of versions that did not know the word stay the same
+            del rule["backward"]
+    return data
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> Recipe:

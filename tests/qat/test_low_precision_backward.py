@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import qat
 from qat.errors import QATError, RecipeError
-from qat.recipes import from_dict
+from qat.fake_quant_kernels import int8_gradients
+from qat.recipes import from_dict, to_dict
 
 WEIGHT = {"bits": 8, "granularity": "channel", "narrow": True, "quantizer": "absmax"}
 TOKEN = {"bits": 8, "granularity": "token", "quantizer": "absmax"}
@@ -98,9 +99,72 @@ def test_the_forward_is_the_same_and_evaluation_draws_nothing() -> None:
     made = prepared("int8")
     assert torch.equal(made(x), prepared("float")(x))
     before = torch.get_rng_state()
-    with torch.no_grad():
-        made(x)
+    made.eval()
+    made(x)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_is_the_same_in_a_reentrant_checkpoint() -> None:
+    """Its first forward has no gradients but draws all the same. Mutation: seeds drawn with gradients only -> red."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(48, 64), nn.Dropout(0.5))
+    qat.prepare(made, recipe("int8"))
+    masks: list[Tensor] = []
+    made[1].register_forward_hook(lambda module, args, y: masks.append(y == 0))
+    x, _ = inputs()
+    checkpoint(made, x, use_reentrant=True).sum().backward()
+    assert len(masks) == 2 and torch.equal(*masks)
+    state = torch.get_rng_state()
+    made.eval()
+    made(x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("backward", ["int8", "int8_dgrad"])
+def test_no_tokens(backward: str) -> None:
+    """What a router may send to a layer. Mutation: ones in the shape of `scale[:1]` -> red."""
+    made = prepared(backward)
+    x = torch.empty(0, 48, requires_grad=True)
+    made(x).sum().backward()
+    assert x.grad is not None and x.grad.shape == (0, 48)
+    assert all(p.grad is not None and not p.grad.any() for p in made.parameters())
+
+
+def test_more_tokens_than_a_sum_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces, each rounded on its own, added up. Mutation: pieces that overlap, or the first one alone -> red."""
+    g, x = torch.randn(50, 8), torch.randint(0, 256, (50, 16)).to(torch.uint8)
+    scale, zero = torch.rand(50, 1) + 0.5, torch.full((50, 1), 100.0)
+    exact = g.t() @ ((x.float() - zero) * scale)
+    monkeypatch.setattr(int8_gradients, "LONGEST", 16)
+    found = int8_gradients.int8_wgrad(g, x, scale, torch.tensor([5]), torch.float32, zero)
+    assert float((found - exact).norm()) <= 0.02 * float(exact.norm())
+
+
+def test_bits_of_a_phase() -> None:
+    """Packed codes are found again for the backward. Mutation: packed bytes handed to the product -> red."""
+    phases = {"qat": {"steps": -1, "bits": {"linears": 4}}}
+    exact, rounded = model(), model()
+    qat.prepare(exact, recipe("float", phases=phases))
+    qat.prepare(rounded, recipe("int8", phases=phases))
+    for truth, found in zip(gradients(exact), gradients(rounded), strict=True):
+        assert float((found - truth).norm()) <= 0.05 * float(truth.norm())
+
+
+def test_records_of_versions_without_the_word_stay_the_same() -> None:
+    assert all("backward" not in rule for rule in to_dict(recipe(None))["rules"].values())
+    assert to_dict(recipe("int8"))["rules"]["linears"]["backward"] == "int8"
+    assert from_dict(to_dict(recipe("int8"))) == recipe("int8") and from_dict(to_dict(recipe(None))) == recipe(None)
+
+
+def test_a_rule_about_gradients_alone() -> None:
+    """It lists no layer and unlists none, and says nothing about layers that stay in float."""
+    rules = {
+        "first": {"match": ["0"], "weight": WEIGHT, "input": TOKEN},
+        "last": {"match": ["2"], "keep_float": True},
+        "fast": {"types": ["Linear"], "backward": "int8"},
+    }
+    plan = qat.prepare(model(), from_dict({"name": "two", "strict": True, "rules": rules}))
+    assert [row.backward for row in (*plan.rows, *plan.float_rows)] == ["int8", "float"]
 
 
 def test_a_ramp_has_the_float_backward() -> None:
@@ -119,10 +183,11 @@ def test_compiled() -> None:
     """In one graph; the mean over seeds is that of the float backward here too."""
     exact, made = gradients(prepared("float")), prepared("int8")
     compiled: Any = torch.compile(made, fullgraph=True)
-    runs = [gradients(compiled) for _ in range(8)]
+    runs = [gradients(compiled) for _ in range(RUNS)]
     for i, truth in enumerate(exact):
-        mean = sum(run[i] for run in runs) / len(runs)
-        assert float((mean - truth).norm()) <= 0.02 * float(truth.norm()), i
+        mean = sum(run[i] for run in runs) / RUNS
+        error, rest = float((runs[0][i] - truth).norm()), float((mean - truth).norm())
+        assert rest <= max(error * 2.5 / RUNS**0.5, 1e-5 * float(truth.norm())), i
     assert not torch.equal(runs[0][1], runs[1][1])
 
 
