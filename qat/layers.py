@@ -243,7 +243,7 @@ def _weight(live: Live, key: str, w: Tensor, quantizer: Quantizer | None) -> tup
     if torch.is_grad_enabled() and any(p.requires_grad for p in quantizer.learned()):
         fields = quantizer.differentiable(Fields(*entry[1:])) if keep else None
         if fields is None:
-            fields = _visible(quantizer.qparams(layout.to_rows(w.detach()).float()), entry[1])
+            fields = _visible(quantizer.fields(layout.to_rows(w.detach())), entry[1])
         return slot, (entry[0], *fields)
     return slot, entry
 
@@ -263,7 +263,7 @@ def _input(layer: nn.Module, live: Live, x: Tensor | None) -> tuple[Slot | None,
     spec = quantizer.live_spec
     slot = Slot(quantizer, spec, quantizer.rows_layout(x))
     if not quantizer.identity_gradient:
-        fields = quantizer.qparams(slot.rows(x.detach()).float())
+        fields = quantizer.fields(slot.rows(x.detach()))
         codes, used = quantizer.quantize(slot.rows(x.detach()), spec, fields)
         return slot, (codes, *_visible(fields, used.scale))
     if torch.compiler.is_compiling():

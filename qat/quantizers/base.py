@@ -62,6 +62,8 @@ class Quantizer(nn.Module):
     for_activations: bool = False
     # the scale of an activation is kept, not computed from each input: per tensor only
     static_activations: bool = False
+    # fields of a weight are kept: `qparams` does not look at it
+    keeps_fields: bool = False
     # zero point kinds it can produce
     zero_points: tuple[str, ...] = ("none",)
 
@@ -146,6 +148,12 @@ class Quantizer(nn.Module):
         """The layout of a weight is fixed; an activation's is its own shape."""
         return Layout(tuple(w.shape), "tokens") if self.layout.kind == "tokens" else self.layout
 
+    @final
+    def fields(self, w_RK: Tensor) -> Fields:
+        """`qparams` of rows in any float dtype."""
+        looks = not self.keeps_fields or self.layout.kind == "tokens"
+        return self.qparams(w_RK.float() if looks else w_RK)
+
     @final  # type: ignore[misc]
     def forward(self, w: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """Fake-quantized `w`: same shape, `out_dtype` (default: dtype of w). Non-finite elements stay non-finite
@@ -177,7 +185,7 @@ class Quantizer(nn.Module):
                 self.live_spec = spec
             try:
                 found = self.fused(w_RK, spec, form)
-                fields = self.qparams(w_RK.float()) if found is None else None
+                fields = self.fields(w_RK) if found is None else None
             finally:
                 if moved:
                     self.live_spec = kept

@@ -50,6 +50,7 @@ class Stored(Quantizer):
     """
 
     zero_points = ("none", "int", "float")
+    keeps_fields = True
 
     def build(self) -> None:
         rows, columns = self.layout.rows_shape
