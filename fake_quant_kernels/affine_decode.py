@@ -29,8 +29,14 @@ def _decode(
     signed: bool,
 ) -> Tensor:
     """Codes [R, K] (packed: uint8 [R, K/2]) -> weights [R, K] in `dtype`."""
+    if torch.compiler.is_compiling():
+        value = grouped(_traced(codes, packed, signed), scale.shape[1])
+        value = value if zero is None else value - zero.unsqueeze(-1)
+        value = value * scale.unsqueeze(-1)
+        value = value if minimum is None else value + minimum.unsqueeze(-1)
+        return value.flatten(1).to(dtype)
     out = _fake(codes, scale, zero, minimum, dtype, packed, signed)
-    sixteenths = packed and out.device.type == "cpu" and not torch.compiler.is_compiling()
+    sixteenths = packed and out.device.type == "cpu"
     if sixteenths:
         # 16 * code is what a nibble is without its shift: (16 code - 16 z) * (s / 16), each exact, is the same product
         scale, zero = scale * 0.0625, None if zero is None else zero * 16.0
@@ -54,6 +60,19 @@ def _decode(
         if wide is not here:
             here.copy_(wide)
     return out
+
+
+def _traced(codes: Tensor, packed: bool, signed: bool) -> Tensor:
+    """Codes as fp32 [R, K], for graphs. They begin as a copy into memory of its own, which is fused away: it keeps the
+    decode of a backward apart from its forward's. As one expression of both its result would be saved between them,
+    larger than the codes."""
+    if not packed:
+        return codes.new_empty(codes.shape, dtype=torch.float32).copy_(codes)
+    both = codes.new_empty(codes.shape, dtype=torch.int32).copy_(codes).unsqueeze(1)
+    place = torch.arange(0, 8, 4, dtype=torch.int32, device=codes.device).view(1, 2, 1)
+    # the upper end of a word brings the sign
+    halves = (both << (28 - place)) >> 28 if signed else (both >> place) & 15
+    return halves.flatten(1).to(torch.float32)
 
 
 def _sixteenfold(packed: Tensor, signed: bool) -> Tensor:

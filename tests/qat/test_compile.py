@@ -221,3 +221,19 @@ def test_law_through_the_layer_eager_and_compiled(way: str, recipe: Any, record_
             assert torch.equal(y.t(), w_hat), slot
     assert graphs() == 1
     record_property("cases", f"{2 * len(weights)} equalities")
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_graph_saves_codes_and_nothing_made_of_them(grid: str, recipe: Any) -> None:
+    """Between forward and backward lie parameters, the cache's codes and fields, and tensors smaller than any weight.
+    Mutation: decoding without a copy of its own -> the numbers are saved, four or eight times as large."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Linear(96, 64, bias=False))
+    qat.prepare(model, recipe(rules={"all": {"types": ["Linear"], **GRIDS[grid]}}))
+    compiled: Any = torch.compile(model, fullgraph=True)
+    saved = compiled(torch.randn(2, 64, requires_grad=True)).grad_fn.saved_tensors
+    entries = [entry for layer in qat_layers(model).values() for _, entry, _ in layer._qat.cache.entries.values()]
+    known = {t.untyped_storage().data_ptr() for entry in entries for t in entry if t is not None}
+    known |= {p.untyped_storage().data_ptr() for p in model.parameters()}
+    others = [t for t in saved if t is not None and t.untyped_storage().data_ptr() not in known]
+    assert entries and all(t.numel() < 64 * 96 // 2 for t in others), [(t.shape, t.dtype) for t in others]
