@@ -165,13 +165,15 @@ def decode(
     dtype: torch.dtype = torch.float32,
     packed: bool = False,
     signed: bool = True,
+    again: bool = False,
 ) -> Tensor:
     """Codes [R, K], integers or integral floats (packed: uint8 [R, K/2], with the grid's sign) -> weights [R, K].
 
-    fp32 arithmetic, then one cast to `dtype`. No gradients: those are `vjp`'s.
+    fp32 arithmetic, then one cast to `dtype`. No gradients: those are `vjp`'s. again: said by a backward, so that no
+    compiler saves the numbers of the forward for it.
     """
     with torch.no_grad():
-        return affine_decode(codes, scale, zero, minimum, dtype, packed, signed)  # type: ignore[no-any-return]
+        return affine_decode(codes, scale, zero, minimum, dtype, packed, signed, again)  # type: ignore[no-any-return]
 
 
 def vjp(

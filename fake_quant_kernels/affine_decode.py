@@ -27,15 +27,20 @@ def _decode(
     dtype: torch.dtype,
     packed: bool,
     signed: bool,
+    again: bool = False,
 ) -> Tensor:
-    """Codes [R, K] (packed: uint8 [R, K/2]) -> weights [R, K] in `dtype`."""
+    """Codes [R, K] (packed: uint8 [R, K/2]) -> weights [R, K] in `dtype`.
+
+    again: changes nothing. A compiler takes equal calls for one, and would save the numbers of the forward's decode for
+    the backward instead of the codes; this tells the two apart.
+    """
     if torch.compiler.is_compiling():
         value = grouped(_traced(codes, packed, signed), scale.shape[1])
         value = value if zero is None else value - zero.unsqueeze(-1)
         value = value * scale.unsqueeze(-1)
         value = value if minimum is None else value + minimum.unsqueeze(-1)
         return value.flatten(1).to(dtype)
-    out = _fake(codes, scale, zero, minimum, dtype, packed, signed)
+    out = _fake(codes, scale, zero, minimum, dtype, packed, signed, again)
     sixteenths = packed and out.device.type == "cpu"
     if sixteenths:
         # 16 * code is what a nibble is without its shift: (16 code - 16 z) * (s / 16), each exact, is the same product
@@ -92,6 +97,7 @@ def _fake(
     dtype: torch.dtype,
     packed: bool,
     signed: bool,
+    again: bool = False,
 ) -> Tensor:
     return codes.new_empty((codes.shape[0], codes.shape[1] * (2 if packed else 1)), dtype=dtype)
 
@@ -166,8 +172,9 @@ def _triton(
     dtype: torch.dtype,
     packed: bool,
     signed: bool,
+    again: bool = False,
 ) -> Tensor:
-    out = _fake(codes, scale, zero, minimum, dtype, packed, signed)
+    out = _fake(codes, scale, zero, minimum, dtype, packed, signed, again)
     if out.numel():
         shared = scale.numel() == 1
         units, size, per_half, split = geometry(out.shape[0], out.shape[1], 1 if shared else scale.shape[1], packed)

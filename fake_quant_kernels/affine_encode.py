@@ -54,7 +54,10 @@ def put_codes(
     it holds no NaN."""
     # the bounds are integers: rounding first gives the same codes, and a clamp by numbers is the faster one
     value = value.round_()
-    if not finite:
+    if torch.compiler.is_compiling():
+        # compilers make a scalar loop of nan_to_num
+        value = torch.where(value != value, 0.0, value)
+    elif not finite:
         value.nan_to_num_(0.0)
     if zero is not None:
         value += zero.unsqueeze(-1)

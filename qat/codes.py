@@ -79,15 +79,15 @@ class CodeCache:
         owner = self._owners.get(key)
         return self.enabled and owner is not None and owner() is w and stays(w)
 
-    def quantized(self, key: str, w: Tensor, quantizer: Quantizer, compiled: bool = False) -> tuple[Entry, str, bool]:
-        """(codes and fields, their form, whether they are kept); eager mode only. compiled: in a form for graphs."""
+    def quantized(self, key: str, w: Tensor, quantizer: Quantizer) -> tuple[Entry, str, bool]:
+        """(codes and fields, their form, whether they are kept); eager mode only."""
         if not self.owns(key, w):
             return quantize(quantizer, quantizer.layout.to_rows(w.detach())), PLAIN, False
         token = _token(w, quantizer)
         if key not in self.entries or self._tokens.get(key) != token:
             # in inference mode too: they are saved for backward next
             with torch.inference_mode(False):
-                self.entries[key] = (w, *_kept(quantizer, quantizer.layout.to_rows(w.detach()), compiled))
+                self.entries[key] = (w, *_kept(quantizer, quantizer.layout.to_rows(w.detach())))
             self._tokens[key] = token
         return *self.entries[key][1:], True
 
@@ -136,12 +136,12 @@ def quantize(quantizer: Quantizer, w_RK: Tensor, form: str = PLAIN) -> Entry:
     return codes, fields.scale, fields.zero, fields.minimum
 
 
-def _kept(quantizer: Quantizer, w_RK: Tensor, compiled: bool) -> tuple[Entry, str]:
+def _kept(quantizer: Quantizer, w_RK: Tensor) -> tuple[Entry, str]:
     spec = quantizer.live_spec
     if not packs(spec, w_RK.shape[1]):
         return quantize(quantizer, w_RK), PLAIN
     fp16 = spec.scale_grid.name in ("portable", "fp16") and spec.zero_point == "none"
-    if fp16 and spec.granularity != "tensor" and not compiled and rowwise4.fits(w_RK, spec.groups(w_RK.shape[1])):
+    if fp16 and spec.granularity != "tensor" and rowwise4.fits(w_RK, spec.groups(w_RK.shape[1])):
         entry = quantize(quantizer, w_RK, ROWS)
         if rowwise4.holds(entry[1]):
             return entry, ROWS

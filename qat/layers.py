@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qat.codes import CodeCache, Entry, forget_codes_of, packs, quantize
 from qat.fake_quant_kernels import int8_linear
 from qat.fake_quant_kernels.dispatch import uncompiled
-from qat.fake_quant_kernels.pack import PLAIN, ROWS
+from qat.fake_quant_kernels.pack import PLAIN
 from qat.node import Call, KeepInGraph, QuantizedLayer, Slot, inside, no_autocast, random_state
 from qat.ops import ConvOp, EmbeddingOp, ExpertsOp, LayerOp, LinearOp
 from qat.qtensor import Fields
@@ -83,7 +83,7 @@ class Live:
     # dtypes of the last active forward: what the quantizer read and what it gave (export runs the same path)
     latent_dtype: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
-    # it has been compiled: its codes are made after each step, in a form for graphs, not in its first forward
+    # it has been compiled: its codes are made after each step, not in its first forward
     traced: bool = False
     # float | int8 | int8_dgrad: how the matmuls of the gradients run
     backward: str = "float"
@@ -234,11 +234,11 @@ def _weight(live: Live, key: str, w: Tensor, quantizer: Quantizer | None) -> tup
         live.traced = True
         # codes of another tensor (functional_call, a Parameter that was replaced) are not this one's
         source, found, form = cache.entries.get(key, (None, None, PLAIN))
-        keep = source is w and form != ROWS
+        keep = source is w
         entry: Entry = found if found is not None and keep else quantize(quantizer, layout.to_rows(w.detach()))
         form = form if keep else PLAIN
     else:
-        entry, form, keep = cache.quantized(key, w, quantizer, live.traced)
+        entry, form, keep = cache.quantized(key, w, quantizer)
     slot = Slot(quantizer, quantizer.live_spec, layout, form, keep)
     if torch.is_grad_enabled() and any(p.requires_grad for p in quantizer.learned()):
         fields = quantizer.differentiable(Fields(*entry[1:])) if keep else None

@@ -94,15 +94,22 @@ class Slot:
     def rows(self, t: Tensor) -> Tensor:
         return self.layout.to_rows(t)
 
-    def hat(self, t: Tensor, quantized: Sequence[Tensor | None], blend: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The fake-quantized tensor in `dtype`; between strengths 0 and 1 on the way from t to it."""
+    def hat(
+        self,
+        t: Tensor,
+        quantized: Sequence[Tensor | None],
+        blend: Tensor | None,
+        dtype: torch.dtype,
+        again: bool = False,
+    ) -> Tensor:
+        """The fake-quantized tensor in `dtype`; between strengths 0 and 1 on the way from t to it. again: in backward."""
         if self.form == ROWS:
             codes = quantized[0]
-            rows = rowwise4.decode(codes, self.layout.rows_shape, dtype)  # type: ignore[arg-type]
+            rows = rowwise4.decode(codes, self.layout.rows_shape, dtype, again)  # type: ignore[arg-type]
         else:
             packed = self.form == HALVES and quantized[0] is not None
             codes, scale, zero, minimum = quantized if packed else self.quantized(t, quantized)
-            rows = decode(codes, scale, zero, minimum, dtype, packed, self.spec.signed)  # type: ignore[arg-type]
+            rows = decode(codes, scale, zero, minimum, dtype, packed, self.spec.signed, again)  # type: ignore[arg-type]
         fake = self.layout.from_rows(rows)
         return fake if blend is None else torch.lerp(t.to(dtype), fake, blend.to(dtype))
 
@@ -180,17 +187,21 @@ class Call:
             for i, t in enumerate(inputs)
         )
 
-    def x_hat(self, x: Tensor | None, quantized: Sequence[Tensor | None], blend: Tensor | None) -> Tensor | None:
+    def x_hat(
+        self, x: Tensor | None, quantized: Sequence[Tensor | None], blend: Tensor | None, again: bool = False
+    ) -> Tensor | None:
         if x is None and quantized[0] is None:
             return None
         if self.x is None:
             assert x is not None
             return x.to(self.dtype) if x.is_floating_point() else x
-        return self.x.hat(x, quantized, blend, self.dtype)  # type: ignore[arg-type]
+        return self.x.hat(x, quantized, blend, self.dtype, again)  # type: ignore[arg-type]
 
-    def w_hat(self, i: int, w: Tensor, quantized: Sequence[Tensor | None], blend: Tensor | None) -> Tensor:
+    def w_hat(
+        self, i: int, w: Tensor, quantized: Sequence[Tensor | None], blend: Tensor | None, again: bool = False
+    ) -> Tensor:
         slot = self.weights[i]
-        return w.to(self.dtype) if slot is None else slot.hat(w, quantized, blend, self.dtype)
+        return w.to(self.dtype) if slot is None else slot.hat(w, quantized, blend, self.dtype, again)
 
 
 class QuantizedLayer(torch.autograd.Function):
@@ -274,10 +285,10 @@ def _gradients(
     others = call.cast(inputs[1:])
 
     def x_hat() -> Tensor | None:
-        return call.x_hat(inputs[0], x_quantized, blend)
+        return call.x_hat(inputs[0], x_quantized, blend, True)
 
     def w_hats() -> list[Tensor]:
-        return [call.w_hat(i, w, quantized[i], blend) for i, w in enumerate(weights)]  # type: ignore[arg-type]
+        return [call.w_hat(i, w, quantized[i], blend, True) for i, w in enumerate(weights)]  # type: ignore[arg-type]
 
     if seeds is not None:
         return _integer_gradients(call, seeds, grad, inputs, weights, x_quantized, quantized, wanted, x_hat)

@@ -152,7 +152,7 @@ def refresh_codes(model: nn.Module, at_once: bool) -> None:
             budget -= needed
             live.cache.own(key, weight, quantizer)
             if live.active and (live.traced or at_once):
-                live.cache.quantized(key, weight, quantizer, compiled=True)
+                live.cache.quantized(key, weight, quantizer)
 
 
 def _prefix(model: nn.Module, state: QATState) -> str:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import qat
+from qat.fake_quant_kernels import rowwise4
+from qat.fake_quant_kernels.dispatch import Op
 from qat.layers import weight_quantizers
 from qat.quantizers import quantizers
 from qat.steps import qat_layers, refresh_codes
@@ -223,10 +225,20 @@ def test_law_through_the_layer_eager_and_compiled(way: str, recipe: Any, record_
     record_property("cases", f"{2 * len(weights)} equalities")
 
 
+@pytest.mark.parametrize("kind", ["rows", "traced", "opaque"])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_a_graph_saves_codes_and_nothing_made_of_them(grid: str, recipe: Any) -> None:
-    """Between forward and backward lie parameters, the cache's codes and fields, and tensors smaller than any weight.
-    Mutation: decoding without a copy of its own -> the numbers are saved, four or eight times as large."""
+def test_a_graph_saves_codes_and_nothing_made_of_them(
+    grid: str, kind: str, recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between forward and backward lie parameters, the cache's codes and fields, and tensors smaller than any weight:
+    of codes as a CPU keeps them, of other codes, and of codes that an operator decodes which the compiler does not see
+    into, as on CUDA.
+    Mutations: decoding without a copy of its own, or without `again` -> the numbers are saved, four or eight times as
+    large."""
+    if kind != "rows":
+        monkeypatch.setattr(rowwise4, "fits", lambda *_: False)
+    if kind == "opaque":
+        monkeypatch.setattr(Op, "__call__", lambda op, *args: op.custom(*args))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Linear(96, 64, bias=False))
     qat.prepare(model, recipe(rules={"all": {"types": ["Linear"], **GRIDS[grid]}}))
