@@ -102,7 +102,7 @@ class Slot:
         dtype: torch.dtype,
         again: bool = False,
     ) -> Tensor:
-        """The fake-quantized tensor in `dtype`; between strengths 0 and 1 on the way from t to it. again: in backward."""
+        """The fake-quantized tensor in `dtype`; between strengths 0 and 1 on the way there. again: in backward."""
         if self.form == ROWS:
             codes = quantized[0]
             rows = rowwise4.decode(codes, self.layout.rows_shape, dtype, again)  # type: ignore[arg-type]
