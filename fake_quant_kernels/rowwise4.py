@@ -119,12 +119,12 @@ def _decode(rows: Tensor, again: bool) -> Tensor:
 
 # What graphs call: torch keeps its operator's shapes from them. Not `torch.library.custom_op`, whose wrapper takes as
 # long as decoding a small weight.
-_library = torch.library.Library("qat", "FRAGMENT")
-_library.define("rowwise4_decode(Tensor rows, bool again) -> Tensor")
-_library.impl("rowwise4_decode", _decode, "CPU")
+_library = torch.library.Library("qat", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("rowwise4_decode(Tensor rows, bool again) -> Tensor")  # type: ignore[no-untyped-call]
+_library.impl("rowwise4_decode", _decode, "CPU")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("qat::rowwise4_decode", lib=_library)
+@torch.library.register_fake("qat::rowwise4_decode", lib=_library)  # type: ignore[untyped-decorator]
 def _shape(rows: Tensor, again: bool) -> Tensor:
     return rows.new_empty((rows.shape[0], 2 * (rows.shape[1] - 4)), dtype=torch.float32)
 
