@@ -36,7 +36,7 @@ from torch import Tensor
 from qat.fake_quant_kernels.block_launch import dequantize, differentiate, quantize
 from qat.fake_quant_kernels.blocks import cases
 from qat.fake_quant_kernels.dispatch import Op
-from qat.fake_quant_kernels.elements import Element, clipped_vjp, group_amax, pack, scaled, unpack
+from qat.fake_quant_kernels.elements import Element, apart, clipped_vjp, group_amax, pack, scaled, unpack
 from qat.fake_quant_kernels.storage import project
 
 NF4 = (
@@ -77,8 +77,11 @@ def _encode(w: Tensor, scale: Tensor, levels: Tensor, packed: bool) -> Tensor:
     return pack(codes) if packed else codes
 
 
-def _decode(codes: Tensor, scale: Tensor, levels: Tensor, dtype: torch.dtype, packed: bool) -> Tensor:
-    """Codes -> numbers [R, K] of `dtype`."""
+def _decode(
+    codes: Tensor, scale: Tensor, levels: Tensor, dtype: torch.dtype, packed: bool, again: bool = False
+) -> Tensor:
+    """Codes -> numbers [R, K] of `dtype`; again: as in `affine_decode`."""
+    codes = apart(codes)
     if packed:
         codes = unpack(codes)
     blocks = _looked_up(codes, levels).reshape(codes.shape[0], scale.shape[1], -1 if codes.numel() else 0)
@@ -163,7 +166,9 @@ def _encode_triton(w: Tensor, scale: Tensor, levels: Tensor, packed: bool) -> Te
     return quantize(w, _element(levels), scale, 0, True, torch.uint8, packed, levels=levels)[0]
 
 
-def _decode_triton(codes: Tensor, scale: Tensor, levels: Tensor, dtype: torch.dtype, packed: bool) -> Tensor:
+def _decode_triton(
+    codes: Tensor, scale: Tensor, levels: Tensor, dtype: torch.dtype, packed: bool, again: bool = False
+) -> Tensor:
     if not codes.numel():
         return _decode(codes, scale, levels, dtype, packed)
     return dequantize(codes, _element(levels), scale, dtype, packed, levels=levels)
@@ -226,7 +231,7 @@ encode = Op("codebook_encode", _encode, lambda w, s, levels, packed: _packed_lik
 decode = Op(
     "codebook_decode",
     _decode,
-    lambda codes, s, levels, dtype, packed: codes.new_empty(
+    lambda codes, s, levels, dtype, packed, again=False: codes.new_empty(
         (codes.shape[0], codes.shape[1] * (1 + packed)), dtype=dtype
     ),
     _decode_triton,

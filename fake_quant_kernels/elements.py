@@ -54,6 +54,15 @@ E5M2 = Element(0, 2, -14, 7, 57344.0)
 E2M1 = Element(0, 1, 0, 3, 6.0)
 
 
+def apart(codes: Tensor) -> Tensor:
+    """The same codes; for graphs in memory of their own (which is fused away), so that a decode in backward is not
+    taken for that of the forward, whose result would then be saved instead of the codes."""
+    if not torch.compiler.is_compiling():
+        return codes
+    wide = torch.int32 if codes.dtype == torch.uint8 else torch.float32
+    return codes.new_empty(codes.shape, dtype=wide).copy_(codes)
+
+
 def pack(codes: Tensor) -> Tensor:
     """uint8 codes below 16 [R, K], K even -> planar halves uint8 [R, K/2]. Raises QATError for an odd K."""
     half = codes.shape[1] // 2

@@ -1,19 +1,21 @@
-"""FP8: numbers of e4m3fn or e5m2 times a scale.
+"""Small floats: numbers of e4m3fn, e5m2 or e2m1 times a scale.
 
     v = w * (1 / s)                 one IEEE fp32 reciprocal per scale
-    code = fp8(clamp(v, -top, top)) half to even, denormals included; top = 448 (e4m3fn), 57344 (e5m2)
+    code = fp8(clamp(v, -top, top)) half to even, denormals included; top = 448 (e4m3fn), 57344 (e5m2), 6 (e2m1)
     w_hat = code * s                in fp32, then one cast
 
-Formats: Micikevicius et al. 2022, table 1; OCP OFP8 v1.0. Values beyond the largest number saturate, infinities too;
-NaN stays NaN, and the sign of 0 stays. Dynamic scales are s = project(amax |w| * (1 / top)) of each group; for one
-scale of the whole tensor take `amax` first, `tensor_scale` of it, and the operations with a given scale.
+Formats: Micikevicius et al. 2022, table 1; OCP OFP8 v1.0; e2m1: OCP MX v1.0, section 5.3.3. Values beyond the largest
+number saturate, infinities too; NaN stays NaN (as a code of e2m1, which has none, it is 0), and the sign of 0 stays.
+Dynamic scales are s = project(amax |w| * (1 / top)) of each group; for one scale of the whole tensor take `amax` first,
+`tensor_scale` of it, and the operations with a given scale.
 
 Backward: dw = g * (|v| <= top), or g itself with dynamic scales (then there is nothing to compute), and
 
     ds = sum_group g * (code - v * (|v| <= top))        LSQ, Esser et al. 2020, equation 3
 
 Shapes: w [R, K] in any float dtype, read as fp32; scale fp32 [R, G] or [1, 1], K % G == 0 (tensor [1, 1]; channel and
-token [R, 1]; group [R, G]). Codes have PyTorch's fp8 dtype, so that an fp8 matmul takes them as they are.
+token [R, 1]; group [R, G]). Codes have PyTorch's fp8 dtype, so that an fp8 matmul takes them as they are; those of e2m1
+are uint8 with the sign in bit 3, [R, K/2] planar halves if packed.
 """
 
 from __future__ import annotations
@@ -26,28 +28,55 @@ from torch import Tensor
 from qat.fake_quant_kernels.block_launch import dequantize, differentiate, quantize
 from qat.fake_quant_kernels.blocks import cases
 from qat.fake_quant_kernels.dispatch import AotCase, Kernel, Op, tl
-from qat.fake_quant_kernels.elements import E4M3, E5M2, Element, clipped_vjp, group_amax, magnitude_bits, scaled
+from qat.fake_quant_kernels.elements import (
+    E2M1,
+    E4M3,
+    E5M2,
+    Element,
+    apart,
+    clipped_vjp,
+    e2m1_codes,
+    e2m1_numbers,
+    e2m1_round_,
+    group_amax,
+    magnitude_bits,
+    pack,
+    scaled,
+    unpack,
+)
 from qat.fake_quant_kernels.storage import project
 
-ELEMENTS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
+# dtype of the codes -> the element
+ELEMENTS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2, torch.uint8: E2M1}
 # numbers of a program of `amax`
 _RUN = 16384
 
 
 def _rounded(v: Tensor, float8: torch.dtype) -> Tensor:
-    """fp32 v, overwritten -> fp8 codes."""
+    """fp32 v, overwritten -> fp8 codes, or numbers of e2m1 in fp32."""
+    if float8 == torch.uint8:
+        return e2m1_round_(v)
     top = ELEMENTS[float8].top
     return v.clamp_(-top, top).to(float8)
 
 
-def _encode(w: Tensor, scale: Tensor, float8: torch.dtype) -> Tensor:
-    """w [R, K] with given scales -> codes [R, K] of dtype `float8`."""
-    return _rounded(scaled(w, scale), float8).reshape(w.shape)
+def _encode(w: Tensor, scale: Tensor, float8: torch.dtype, packed: bool = False) -> Tensor:
+    """w [R, K] with given scales -> codes [R, K] of dtype `float8`, or [R, K/2] if packed (e2m1)."""
+    found = _rounded(scaled(w, scale), float8).reshape(w.shape)
+    if float8 != torch.uint8:
+        return found
+    codes = e2m1_codes(found)
+    return pack(codes) if packed else codes
 
 
-def _decode(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp8 codes [R, K] -> numbers [R, K] of `dtype`."""
-    blocks = codes.float().reshape(codes.shape[0], scale.shape[1], codes.shape[1] // scale.shape[1])
+def _decode(codes: Tensor, scale: Tensor, dtype: torch.dtype, packed: bool = False, again: bool = False) -> Tensor:
+    """Codes -> numbers [R, K] of `dtype`; again: as in `affine_decode`."""
+    narrow = codes.dtype == torch.uint8
+    codes = apart(codes)
+    if packed:
+        codes = unpack(codes)
+    wide = e2m1_numbers(codes) if narrow else codes.float()
+    blocks = wide.reshape(codes.shape[0], scale.shape[1], codes.shape[1] // scale.shape[1])
     return blocks.mul_(scale.unsqueeze(-1)).reshape(codes.shape).to(dtype)
 
 
@@ -135,16 +164,18 @@ def _amax_triton(w: Tensor) -> Tensor:
     return parts.amax().view(torch.float32).reshape(1, 1)
 
 
-def _encode_triton(w: Tensor, scale: Tensor, float8: torch.dtype) -> Tensor:
+def _encode_triton(w: Tensor, scale: Tensor, float8: torch.dtype, packed: bool = False) -> Tensor:
     if not w.numel():
-        return _encode(w, scale, float8)
-    return quantize(w, ELEMENTS[float8], scale, 0, True, torch.uint8)[0].view(float8)
+        return _encode(w, scale, float8, packed)
+    return quantize(w, ELEMENTS[float8], scale, 0, True, torch.uint8, packed)[0].view(float8)
 
 
-def _decode_triton(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _decode_triton(
+    codes: Tensor, scale: Tensor, dtype: torch.dtype, packed: bool = False, again: bool = False
+) -> Tensor:
     if not codes.numel():
-        return _decode(codes, scale, dtype)
-    return dequantize(codes.contiguous().view(torch.uint8), ELEMENTS[codes.dtype], scale, dtype)
+        return _decode(codes, scale, dtype, packed)
+    return dequantize(codes.contiguous().view(torch.uint8), ELEMENTS[codes.dtype], scale, dtype, packed)
 
 
 def _fake_triton(w: Tensor, scale: Tensor, float8: torch.dtype, dtype: torch.dtype) -> Tensor:
@@ -213,8 +244,18 @@ def _scales_like(w: Tensor, groups: int) -> Tensor:
     return w.new_empty((w.shape[0], groups), dtype=torch.float32)
 
 
-encode = Op("float8_encode", _encode, lambda w, s, float8: w.new_empty(w.shape, dtype=float8), _encode_triton)
-decode = Op("float8_decode", _decode, lambda c, s, dtype: c.new_empty(c.shape, dtype=dtype), _decode_triton)
+encode = Op(
+    "float8_encode",
+    _encode,
+    lambda w, s, float8, packed=False: w.new_empty((w.shape[0], w.shape[1] // (1 + packed)), dtype=float8),
+    _encode_triton,
+)
+decode = Op(
+    "float8_decode",
+    _decode,
+    lambda c, s, dtype, packed=False, again=False: c.new_empty((c.shape[0], c.shape[1] * (1 + packed)), dtype=dtype),
+    _decode_triton,
+)
 fake = Op("float8_fake", _fake, lambda w, s, float8, dtype: w.new_empty(w.shape, dtype=dtype), _fake_triton)
 encode_dynamic = Op(
     "float8_encode_dynamic",

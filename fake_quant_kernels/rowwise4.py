@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def holds(scale: Tensor) -> bool:
     """Whether rows hold these scales, fp32 numbers of fp16 that are no NaN. Looks at them, which on a CPU waits for
     nothing."""
     # a NaN compares false
-    return bool(scale.numpy().max() <= _LARGEST)
+    return bool(np.abs(scale.numpy()).max() <= _LARGEST)
 
 
 def absmax(

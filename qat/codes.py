@@ -140,7 +140,7 @@ def _kept(quantizer: Quantizer, w_RK: Tensor) -> tuple[Entry, str]:
     spec = quantizer.live_spec
     if not packs(spec, w_RK.shape[1]):
         return quantize(quantizer, w_RK), PLAIN
-    fp16 = spec.scale_grid.name in ("portable", "fp16") and spec.zero_point == "none"
+    fp16 = spec.is_int and spec.scale_grid.name in ("portable", "fp16") and spec.zero_point == "none"
     if fp16 and spec.granularity != "tensor" and rowwise4.fits(w_RK, spec.groups(w_RK.shape[1])):
         entry = quantize(quantizer, w_RK, ROWS)
         if rowwise4.holds(entry[1]):

@@ -315,6 +315,8 @@ def _multiplies_codes(
     if not isinstance(op, LinearOp) or op.transposed or blend is not None or x_slot is None or w_slot is None:
         return False
     codes, scale, zero, minimum = w_quantized
+    if not (x_slot.spec.is_int and w_slot.spec.is_int):
+        return False
     asymmetric = zero is not None or minimum is not None or x_quantized[3] is not None
     # by the spec, not by the form: whether codes are kept must change no number
     if packs(w_slot.spec, w_slot.layout.rows_shape[1]) or asymmetric or scale.shape[1] != 1:

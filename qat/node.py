@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from qat.fake_quant_kernels import rowwise4
-from qat.fake_quant_kernels.affine import decode, vjp
 from qat.fake_quant_kernels.int8_gradients import int8_dgrad, int8_wgrad
 from qat.fake_quant_kernels.int8_linear import int8_linear
 from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
@@ -109,7 +108,7 @@ class Slot:
         else:
             packed = self.form == HALVES and quantized[0] is not None
             codes, scale, zero, minimum = quantized if packed else self.quantized(t, quantized)
-            rows = decode(codes, scale, zero, minimum, dtype, packed, self.spec.signed, again)  # type: ignore[arg-type]
+            rows = self.spec.grid.decode(codes, scale, zero, minimum, dtype, packed, again)  # type: ignore[arg-type]
         fake = self.layout.from_rows(rows)
         return fake if blend is None else torch.lerp(t.to(dtype), fake, blend.to(dtype))
 
@@ -138,20 +137,14 @@ class Slot:
             return grad.to(like) if needs[0] else None, None, None, None
         assert t is not None and scale is not None
         through = grad if blend is None else grad * blend.to(grad.dtype)
-        grid = self.spec.grid
-        dt, *dfields = vjp(
+        dt, *dfields = self.spec.grid.vjp(
             self.rows(through),
             self.rows(t.detach()),
             scale,
             zero,
             minimum,
-            grid.qmin,
-            grid.qmax,
             self.quantizer.identity_gradient,
-            needs[0],
-            needs[1],
-            needs[2],
-            needs[3],
+            tuple(needs),  # type: ignore[arg-type]
             fresh and blend is None,
         )
         if dt is not None:

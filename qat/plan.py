@@ -277,13 +277,15 @@ def _backward_reasons(row: PlanRow, kind: str, module: nn.Module) -> list[str]:
         return [f"{said} is for Linear, not {kind}; use backward=float"]
     found = []
     w, x = row.weight, row.input
-    if w is None or not w.signed or w.zero_point != "none" or w.granularity == "group":
+    if w is None or not w.is_int or not w.signed or w.zero_point != "none" or w.granularity == "group":
         found.append(
-            f"{said} needs a signed weight without zero points, granularity=channel or tensor; "
+            f"{said} needs a signed integer weight without zero points, granularity=channel or tensor; "
             f"this one is {w or 'float'}"
         )
-    if row.backward == "int8" and (x is None or x.zero_point == "float"):
-        found.append(f"{said} needs an input with zero_point=none or int; this one is {x or 'float'}; use int8_dgrad")
+    if row.backward == "int8" and (x is None or not x.is_int or x.zero_point == "float"):
+        found.append(
+            f"{said} needs an integer input, zero_point none or int; this one is {x or 'float'}; use int8_dgrad"
+        )
     outputs = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
     if outputs > LONGEST:
         found.append(

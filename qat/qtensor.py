@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat.fake_quant_kernels.affine import decode
 from qat.layout import Layout
 from qat.specs import QuantSpec
 
@@ -28,11 +27,12 @@ class QTensor:
 
         w_RK = (codes_RK - zero_point_RG) * scale_RG        zero_point none or int
         w_RK = codes_RK * scale_RG + minimum_RG             zero_point float
+        w_RK = number[codes_RK] * scale_RG                  a grid of levels or of floats (`qat.grids`)
 
     R rows (output channels), K numbers in a row, G scales in a row (K % G == 0); per tensor both R and G are 1.
 
-    codes        int8 (signed grid) or uint8, [R, K], within spec.grid
-    scale        the stored dtype of spec.scale, [R, G] or [1, 1], finite and positive
+    codes        [R, K] in spec.grid.code_dtype: int8 (signed integers), uint8, or a dtype of small floats
+    scale        the stored dtype of spec.scale, [R, G] or [1, 1], finite, positive but for spec.signed_scale
     zero_point   int16 within the grid's codes, the shape of scale, or None
     minimum      the stored dtype of spec.scale, the shape of scale, or None
     layout       where the rows lie in the parameter
@@ -51,7 +51,7 @@ class QTensor:
         """The weight, shape `layout.shape`, computed in fp32 and cast once to `dtype` (default: `out_dtype`)."""
         zero = None if self.zero_point is None else self.zero_point.float()
         minimum = None if self.minimum is None else self.minimum.float()
-        rows = decode(self.codes.float(), self.scale.float(), zero, minimum)
+        rows = self.spec.grid.decode(self.codes, self.scale.float(), zero, minimum)
         return self.layout.from_rows(rows).to(dtype or self.out_dtype)
 
     def sha256(self) -> str:

@@ -9,6 +9,7 @@ of that range, so a stored scale is always finite and positive.
                exactly the same number in bf16, fp16 and fp32, hence in almost every file format
     fp16       2^-14 .. 65504
     bf16       2^-126 .. 2^119
+    e8m0       powers of two, 2^-110 .. 2^119 (OCP Microscaling formats, v1.0)
     fp32       2^-110 .. 2^119 (below, three bf16 numbers no longer hold all bits: `qat.quantizers.base.split`)
 
 A minimum (zero_point float) has any sign and may be 0; a portable one is a number of fp16 as well, denormals included.
@@ -29,6 +30,8 @@ _LARGEST = 2.0**119
 _FP16_SMALLEST_NORMAL = 2.0**-14
 _BF16_SMALLEST_NORMAL = 2.0**-126
 _FP32_SMALLEST = 2.0**-110
+# older versions of torch lack it
+_E8M0 = getattr(torch, "float8_e8m0fnu", None)
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,13 @@ class ScaleGrid:
     smallest: float
     largest: float
 
-    def project(self, scale: Tensor) -> Tensor:
-        """fp32 scales of any shape -> the nearest storable positive fp32 numbers; gradient passes straight through."""
+    def project(self, scale: Tensor, signed: bool = False) -> Tensor:
+        """fp32 scales of any shape -> the nearest storable fp32 numbers, positive or (signed) of the same sign;
+        gradient passes straight through."""
         with torch.no_grad():
-            stored = project(scale, self.dtype, self.smallest, self.largest)
+            stored = project(scale.abs() if signed else scale, self.dtype, self.smallest, self.largest)
+            if signed:
+                stored = torch.copysign(stored, scale)
         return _straight_through(scale, stored)
 
     def project_minimum(self, minimum: Tensor) -> Tensor:
@@ -60,7 +66,7 @@ class ScaleGrid:
     @property
     def parts(self) -> int:
         """How many bf16 numbers add up to any stored scale exactly (`qat.quantizers.base.split`)."""
-        return {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[self.dtype]
+        return {torch.float16: 2, torch.float32: 3}.get(self.dtype, 1)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -87,6 +93,7 @@ SCALE_GRIDS: dict[str, ScaleGrid] = {
         ScaleGrid("fp16", torch.float16, _FP16_SMALLEST_NORMAL, 65504.0),
         ScaleGrid("bf16", torch.bfloat16, _BF16_SMALLEST_NORMAL, _LARGEST),
         ScaleGrid("fp32", torch.float32, _FP32_SMALLEST, _LARGEST),
+        *([ScaleGrid("e8m0", _E8M0, _FP32_SMALLEST, _LARGEST)] if _E8M0 else ()),
     )
 }
 

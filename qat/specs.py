@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qat.errors import RecipeError
-from qat.grids import IntGrid
+from qat.errors import QATError, RecipeError
+from qat.grids import GRIDS, KINDS, TERNARY, Grid, IntGrid
 from qat.scales import SCALE_GRIDS, ScaleGrid
 
 GRANULARITIES = ("tensor", "channel", "group", "token")
@@ -18,7 +18,9 @@ ZERO_POINTS = ("none", "int", "float")
 class QuantSpec:
     """Grid, granularity, zero point, scale storage and the quantizer that finds the scale.
 
-    bits, signed, narrow   the codes (`qat.grids.IntGrid`)
+    kind                   which codes exist (`qat.grids`): int, or a grid with its own bits
+    bits, signed, narrow   the codes of integers (`qat.grids.IntGrid`)
+    signed_scale           a scale may be negative, which gives the extra negative code to either side
     granularity            numbers that share one scale: the tensor, an output channel, `group_size` consecutive
                            numbers along a row, or a token (activations: one row of the last dimension)
     zero_point             none: w = code * scale; int: w = (code - zero_point) * scale with qmin <= zero_point <= qmax;
@@ -35,10 +37,26 @@ class QuantSpec:
     zero_point: str = "none"
     scale: str = "portable"
     quantizer: str = "absmax"
+    kind: str = "int"
+    signed_scale: bool = False
 
     @property
-    def grid(self) -> IntGrid:
-        return IntGrid(self.bits, self.signed, self.narrow)
+    def grid(self) -> Grid:
+        return self.int_grid if self.kind == "int" else GRIDS[self.kind]
+
+    @property
+    def int_grid(self) -> IntGrid:
+        """The grid of consecutive integers (ternary included); raises QATError for another one."""
+        if self.kind == "int":
+            return IntGrid(self.bits, self.signed, self.narrow)
+        if self.kind != TERNARY.kind:
+            raise QATError(f"the codes of {self} are no consecutive integers")
+        return TERNARY
+
+    @property
+    def is_int(self) -> bool:
+        """Whether codes are consecutive integers."""
+        return self.kind in ("int", TERNARY.kind)
 
     @property
     def scale_grid(self) -> ScaleGrid:
@@ -46,7 +64,15 @@ class QuantSpec:
 
     def reasons(self) -> list[str]:
         """Why this spec cannot be; empty means it can."""
+        if self.kind not in KINDS:
+            return [f"kind={self.kind!r} is unknown; use one of {', '.join(KINDS)}"]
         found = self.grid.reasons()
+        if self.kind != "int":
+            found += self._kind_reasons()
+        if self.signed_scale and not (self.kind == "int" and self.signed and self.zero_point == "none"):
+            found.append("signed_scale=true needs signed integers with zero_point=none")
+        elif self.signed_scale and self.narrow:
+            found.append("signed_scale=true does nothing for a narrow grid, which is the same on both sides")
         if self.granularity not in GRANULARITIES:
             found.append(f"granularity={self.granularity!r} is unknown; use one of {', '.join(GRANULARITIES)}")
         if (self.granularity == "group") != (self.group_size is not None):
@@ -59,8 +85,20 @@ class QuantSpec:
             found.append(f"zero_point={self.zero_point!r} is unknown; use one of {', '.join(ZERO_POINTS)}")
         if self.zero_point == "float" and self.signed:
             found.append("zero_point='float' needs signed=false: w = code * scale + minimum counts up from the minimum")
+        if self.scale == "e8m0" and (self.zero_point == "float" or self.signed_scale):
+            found.append("scale='e8m0' stores powers of two without a sign: no minima, no signed scales")
         if self.scale not in SCALE_GRIDS:
             found.append(f"scale={self.scale!r} is unknown; use one of {', '.join(SCALE_GRIDS)}")
+        return found
+
+    def _kind_reasons(self) -> list[str]:
+        found = []
+        if self.bits != self.grid.bits:
+            found.append(f"kind={self.kind!r} has {self.grid.bits} bits, not {self.bits}")
+        if self.zero_point != "none" or not self.signed:
+            found.append(f"kind={self.kind!r} has no zero point and codes of either sign; use zero_point=none")
+        if self.narrow and self.kind != TERNARY.kind:
+            found.append(f"narrow=true is for integers, not kind={self.kind!r}")
         return found
 
     def shape_reasons(self, columns: int) -> list[str]:
@@ -100,6 +138,8 @@ class QuantSpec:
 
     def __str__(self) -> str:
         sign = "" if self.signed else "u"
+        name = f"{sign}int{self.bits}{' narrow' if self.narrow else ''}" if self.kind == "int" else self.kind
         where = f"g{self.group_size}" if self.group_size else self.granularity
         zero = {"none": "", "int": " zp", "float": " min"}[self.zero_point]
-        return f"{sign}int{self.bits}{' narrow' if self.narrow else ''} {where}{zero} {self.scale} {self.quantizer}"
+        either = " +-" if self.signed_scale else " "
+        return f"{name} {where}{zero}{either}{self.scale} {self.quantizer}"

@@ -32,8 +32,10 @@ DYNAMIC_QUANTIZERS = ("absmax", "minmax")
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 INPUT_GRANULARITIES = ("tensor", "token")
 ZERO_POINTS = ("none", "int", "float")
-SCALES = ("portable", "fp32", "fp16", "bf16")
-GRIDS = ("int",)
+SCALES = ("portable", "fp32", "fp16", "bf16", "e8m0")
+# grids with bits of their own; integers have those of the recipe
+GRID_BITS = {"ternary": 2, "seq": 2, "binary": 1, "nf4": 4, "iq4_nl": 4, "fp4": 4, "e4m3": 8, "e5m2": 8}
+GRIDS = ("int", *GRID_BITS)
 BACKWARDS = ("float", "int8", "int8_dgrad")
 LOSSES = ("kl", "mse", "cosine")
 TASKS = ("causal_lm", "image_classification", "sentence_embedding")
@@ -177,6 +179,7 @@ def _slot(slot: Slot, path: str, granularities: tuple[str, ...], quantizers: dic
         *_one_of(f"{path}.scale", slot.scale, SCALES),
         *_one_of(f"{path}.grid", slot.grid, GRIDS),
         *_one_of(f"{path}.quantizer", slot.quantizer, known),
+        *_grid(slot, path),
     ]
     if slot.granularity == "group" and slot.group_size is None:
         found.append(f"{path}.group_size: null is not allowed with granularity=group; give one, e.g. 32 or 128")
@@ -203,6 +206,34 @@ def _slot(slot: Slot, path: str, granularities: tuple[str, ...], quantizers: dic
             f"{path}.zero_point: {show(slot.zero_point)} is not allowed with quantizer={slot.quantizer}; "
             f"allowed: {', '.join(zero_points)}"
         )
+    return found
+
+
+def _grid(slot: Slot, path: str) -> list[str]:
+    found = []
+    bits = GRID_BITS.get(slot.grid)
+    if bits is not None:
+        said = f"is not allowed with grid={slot.grid}"
+        if slot.bits != bits:
+            found.append(f"{path}.bits: {show(slot.bits)} {said}; allowed: {bits}")
+        if slot.zero_point != "none":
+            found.append(f"{path}.zero_point: {show(slot.zero_point)} {said}; allowed: none")
+        if slot.signed is False:
+            found.append(f"{path}.signed: false {said}; allowed: null, true")
+        if slot.narrow and slot.grid != "ternary":
+            found.append(f"{path}.narrow: true {said}; allowed: false")
+    if slot.signed_scale:
+        said = f"{path}.signed_scale: true is not allowed with"
+        if bits is not None or slot.zero_point != "none" or not slot.is_signed or slot.narrow:
+            found.append(
+                f"{said} these codes; allowed: false, or grid=int, zero_point=none, signed codes, narrow=false"
+            )
+        if slot.quantizer in DYNAMIC_QUANTIZERS:
+            found.append(f"{said} quantizer={slot.quantizer}; allowed: false, or quantizer=mse or lsq")
+        if slot.scale == "e8m0":
+            found.append(f"{said} scale=e8m0, which has no sign; allowed: false, or another scale")
+    if slot.scale == "e8m0" and slot.zero_point == "float":
+        found.append(f'{path}.scale: "e8m0" is not allowed with zero_point=float; allowed: {", ".join(SCALES[:-1])}')
     return found
 
 
@@ -239,6 +270,9 @@ def _phase_bits(phase: Phase, path: str, rules: dict[str, Rule]) -> list[str]:
         if rule is None or rule.weight is None:
             what = "there is no such rule" if rule is None else "the rule has no weight"
             found.append(f"{where}: {what}{nearest(name, allowed)}; allowed: {', '.join(allowed) or 'none'}")
+            continue
+        if rule.weight.grid in GRID_BITS:
+            found.append(f"{where}: {bits} is not allowed for grid={rule.weight.grid}, whose bits are fixed")
             continue
         found += _bits(where, bits, rule.weight)
         if rule.weight.zero_point != "none" and rule.weight.quantizer not in DYNAMIC_QUANTIZERS:

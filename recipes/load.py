@@ -112,9 +112,12 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain data: text, numbers, true, false, null, lists and mappings."""
     data = dataclasses.asdict(recipe)
     for rule in data["rules"].values():
+        # records of versions that did not know these words stay the same
         if rule["backward"] is None:
-            # records of versions that did not know the word stay the same
             del rule["backward"]
+        for slot in (rule["weight"], rule["input"]):
+            if slot is not None and not slot["signed_scale"]:
+                del slot["signed_scale"]
     return data
 
 

@@ -25,12 +25,17 @@ class Slot:
     zero_point: str = "none"
     # Leave out the most negative code: -127..127 instead of -128..127.
     narrow: bool = False
-    # How a scale is stored: portable | fp32 | fp16 | bf16.
+    # How a scale is stored: portable | fp32 | fp16 | bf16 | e8m0, powers of two.
     scale: str = "portable"
     # How a scale is found. Weights: absmax | minmax | mse | lsq; inputs: absmax | minmax | lsq | ema.
     quantizer: str = "absmax"
-    # Which codes exist: int, consecutive integers.
+    # Which codes exist. int: consecutive integers | ternary: -1, 0, 1 (2 bits) | seq: -3/4, -1/4, 1/4, 3/4 of the scale
+    # (2 bits) | binary: -1, 1 (1 bit) | nf4, iq4_nl: tables of 16 levels (4 bits) | fp4: floats e2m1 (4 bits)
+    # | e4m3, e5m2: floats (8 bits).
     grid: str = "int"
+    # A scale may be negative, which gives the extra negative code of a signed grid to either side; for quantizer=mse
+    # and lsq and formats that store the sign (GGUF Q4_0).
+    signed_scale: bool = False
     # null: signed with zero_point=none, unsigned otherwise.
     signed: bool | None = None
 
@@ -50,6 +55,8 @@ class Slot:
             "zero_point": self.zero_point,
             "scale": self.scale,
             "quantizer": self.quantizer,
+            "kind": self.grid,
+            "signed_scale": self.signed_scale,
         }
 
 

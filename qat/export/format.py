@@ -105,7 +105,7 @@ def static_ranges(inputs: dict[str, tuple[QuantSpec, Fields | None]]) -> dict[st
             continue
         found[f"{layer}.input_scale"] = fields.scale.detach().cpu().float().reshape(1)
         if fields.zero is not None:
-            zero = fields.zero.detach().cpu().reshape(1) - spec.grid.qmin - (1 << (spec.bits - 1))
+            zero = fields.zero.detach().cpu().reshape(1) - spec.int_grid.qmin - (1 << (spec.bits - 1))
             found[f"{layer}.input_zero_point"] = zero.to(torch.int16)
     return found
 

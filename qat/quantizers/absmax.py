@@ -23,11 +23,13 @@ class Absmax(Quantizer):
     @classmethod
     def reasons(cls, spec: QuantSpec, *, activation: bool = False) -> list[str]:
         found = super().reasons(spec, activation=activation)
-        if spec.bits == 1 and spec.signed:
+        if spec.kind == "int" and spec.bits == 1 and spec.signed:
             # absmax / 0.5 puts the largest weight half a step from 0, and half rounds to even
             found.append(
                 "a signed 1-bit grid has the codes -1 and 0, and absmax maps all to 0; use quantizer=mse or lsq"
             )
+        if spec.signed_scale:
+            found.append("quantizer='absmax' finds positive scales; use quantizer=mse or lsq with signed_scale=true")
         return found
 
     def qparams(self, w_RK: Tensor) -> Fields:

@@ -1,6 +1,6 @@
 """`Quantizer`: how scales are found and how gradients flow.
 
-    forward(w)   fake-quantized weight, shape and dtype of w      final: rounds once, in `fake_quant_kernels.affine`
+    forward(w)   fake-quantized weight, shape and dtype of w      final: rounds once, by the spec's grid (`qat.grids`)
     integers(w)  the same rounding as a QTensor                    final
     qparams(w)   what a subclass writes: the stored fields         small ordinary autograd
 
@@ -14,6 +14,7 @@ State that must survive `.to(bfloat16)` (bf16-true, FSDP's buffer dtype) is kept
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, final
 
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 from qat.errors import QATError
 from qat.fake_quant_kernels import dynamic, rowwise4
 from qat.fake_quant_kernels import fields as ranges
-from qat.fake_quant_kernels.affine import encode, encode_poisoning, fake_quantize
 from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.layout import Layout
 from qat.qtensor import Fields, QTensor
@@ -132,6 +132,8 @@ class Quantizer(nn.Module):
             found.append(
                 f"quantizer={cls.name!r} keeps one scale per input; use granularity=tensor, not {spec.granularity}"
             )
+        if activation and spec.signed_scale:
+            found.append("signed_scale=true is for weights")
         if activation and spec.granularity == "channel":
             found.append("an input has no output channels; use granularity=token or tensor")
         if not activation and spec.granularity == "token":
@@ -161,9 +163,7 @@ class Quantizer(nn.Module):
         layout = self.rows_layout(w)
         with torch.autocast(device_type=w.device.type, enabled=False):
             rows = layout.to_rows(w).float()
-            grid = self.live_spec.grid
-            scale, zero, minimum = self.qparams(rows)
-            fake = fake_quantize(rows, scale, zero, minimum, grid.qmin, grid.qmax, self.identity_gradient)
+            fake = self.live_spec.grid.fake_quantize(rows, *self.qparams(rows), self.identity_gradient)
             return layout.from_rows(fake).to(out_dtype or w.dtype)
 
     @final
@@ -192,11 +192,11 @@ class Quantizer(nn.Module):
             if found is not None:
                 return found
         assert fields is not None
-        lo, hi = spec.grid.qmin, spec.grid.qmax
         if form == ROWS:
-            codes, scale = rowwise4.encode(w_RK, fields.scale, lo, hi)
+            grid = spec.int_grid
+            codes, scale = rowwise4.encode(w_RK, fields.scale, grid.qmin, grid.qmax)
         else:
-            codes, scale = encode_poisoning(w_RK, *fields, lo, hi, form == HALVES)
+            codes, scale = spec.grid.encode_poisoning(w_RK, *fields, form == HALVES)
         return codes, fields._replace(scale=scale)
 
     @final
@@ -211,7 +211,7 @@ class Quantizer(nn.Module):
             rows = layout.to_rows(w).float()
             spec = self.live_spec
             scale, zero, minimum = self.qparams(rows)
-            codes = encode(rows, scale, zero, minimum, spec.grid.qmin, spec.grid.qmax).to(spec.grid.code_dtype)
+            codes = spec.grid.encode(rows, scale, zero, minimum)
             stored = spec.scale_grid.dtype
             return QTensor(
                 codes=codes,
@@ -237,13 +237,6 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _reach(spec: QuantSpec) -> float:
-    """Half the distance of the outermost codes, 7.5 for int4 and 127.5 for int8 as compressed-tensors and torchao have
-    it, 7 and 127 for narrow grids: the error of absmax stays within half a step on both sides. Unsigned (never negative
-    inputs): the largest code."""
-    return spec.grid.steps / 2 if spec.grid.signed else spec.grid.qmax
-
-
 def _grouping(w_RK: Tensor, spec: QuantSpec) -> tuple[Tensor, int]:
     """(rows, groups in a row); per tensor all numbers are one row."""
     return (w_RK.reshape(1, -1), 1) if spec.granularity == "tensor" else (w_RK, spec.groups(w_RK.shape[1]))
@@ -257,7 +250,17 @@ def _bounds(spec: QuantSpec) -> tuple[torch.dtype, float, float]:
 def absmax_fields(w_RK: Tensor, spec: QuantSpec) -> Fields:
     """The scale [R, G] or [1, 1] that spreads the grid over +-absmax of each group."""
     rows, groups = _grouping(w_RK, spec)
-    return Fields(ranges.absmax_fields(rows, groups, 1.0 / _reach(spec), *_bounds(spec)))
+    return scales_of_amax(ranges.amax_of(rows, groups), spec)
+
+
+def scales_of_amax(amax: Tensor, spec: QuantSpec) -> Fields:
+    """Stored scales of largest magnitudes of any shape. Powers of two by the rule of OCP MX v1.0, section 6.3: the
+    exponent of the largest number of a grid of floats is that of amax."""
+    if spec.scale == "e8m0":
+        lead = 2.0 ** math.floor(math.log2(spec.grid.reach))
+        octave = torch.nan_to_num(amax, nan=torch.inf).view(torch.int32) & 0x7F800000
+        return Fields(spec.scale_grid.project(octave.view(torch.float32) * (1.0 / lead)))
+    return Fields(ranges.scale_of_amax(amax, 1.0 / spec.grid.reach, *_bounds(spec)))
 
 
 def minmax_fields(w_RK: Tensor, spec: QuantSpec) -> Fields:
@@ -267,9 +270,9 @@ def minmax_fields(w_RK: Tensor, spec: QuantSpec) -> Fields:
 
 def fields_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> Fields:
     """Stored fields [R, G] for ranges low..high [R, G]."""
-    grid = spec.grid
     if spec.zero_point == "none":
-        return Fields(ranges.scale_of_amax(torch.maximum(-low, high), 1.0 / _reach(spec), *_bounds(spec)))
+        return scales_of_amax(torch.maximum(-low, high), spec)
+    grid = spec.int_grid
     half, real = spec.scale_grid.name == "portable", spec.zero_point == "float"
     found = ranges.fields_of_range(low, high, 1.0 / grid.steps, grid.qmin, grid.qmax, *_bounds(spec), half, real)
     return _asymmetric(*found, spec)
@@ -277,10 +280,10 @@ def fields_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> Fields:
 
 def fused_absmax(w_RK: Tensor, spec: QuantSpec, form: str) -> tuple[Tensor, Fields] | None:
     """`Quantizer.fused` with `absmax_fields`."""
-    if spec.granularity == "tensor":
+    if spec.granularity == "tensor" or not spec.is_int or spec.scale == "e8m0":
         return None
-    grid, groups = spec.grid, spec.groups(w_RK.shape[1])
-    how = groups, 1.0 / _reach(spec), grid.qmin, grid.qmax, *_bounds(spec)
+    grid, groups = spec.int_grid, spec.groups(w_RK.shape[1])
+    how = groups, 1.0 / grid.reach, grid.qmin, grid.qmax, *_bounds(spec)
     if form == ROWS:
         codes, scale = rowwise4.absmax(w_RK, *how)
     else:
@@ -292,7 +295,7 @@ def fused_minmax(w_RK: Tensor, spec: QuantSpec, form: str) -> tuple[Tensor, Fiel
     """`Quantizer.fused` with `minmax_fields`."""
     if spec.granularity == "tensor":
         return None
-    grid, groups = spec.grid, spec.groups(w_RK.shape[1])
+    grid, groups = spec.int_grid, spec.groups(w_RK.shape[1])
     half, real, packed = spec.scale_grid.name == "portable", spec.zero_point == "float", form == HALVES
     codes, scale, second = dynamic.minmax(
         w_RK, groups, 1.0 / grid.steps, grid.qmin, grid.qmax, *_bounds(spec), half, real, packed, poison=True
@@ -306,10 +309,10 @@ def _asymmetric(scale: Tensor, second: Tensor, spec: QuantSpec) -> Fields:
 
 def range_of_fields(fields: Fields, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The ranges low, high [R, G] from which `fields_of_range` makes these fields."""
-    grid = spec.grid
     if fields.minimum is not None:
-        return fields.minimum, fields.minimum + fields.scale * grid.steps
+        return fields.minimum, fields.minimum + fields.scale * spec.int_grid.steps
     if fields.zero is not None:
+        grid = spec.int_grid
         return (grid.qmin - fields.zero) * fields.scale, (grid.qmax - fields.zero) * fields.scale
-    reach = fields.scale * (grid.steps / 2 if grid.signed else grid.qmax)
+    reach = fields.scale * spec.grid.reach
     return -reach, reach

@@ -104,7 +104,7 @@ class Lsq(Stored):
             minimum = None if minimum is None or now.minimum is None else torch.where(seen, minimum, now.minimum)
         if not self.frozen:
             scale = _Step.apply(scale, self.theta)  # type: ignore[no-untyped-call]
-        return Fields(self.spec.scale_grid.project(scale), zero, minimum)
+        return Fields(self.spec.scale_grid.project(scale, self.spec.signed_scale), zero, minimum)
 
     def differentiable(self, fields: Fields) -> Fields | None:
         if self.frozen or self.layout.kind == "tokens":
@@ -115,7 +115,7 @@ class Lsq(Stored):
     def freeze(self) -> None:
         """s0 takes the value of s; theta is read no more (an optimizer's momentum may still move it)."""
         scale = _Step.apply(joined(self.start_scale), self.theta)  # type: ignore[no-untyped-call]
-        self.store(Fields(self.spec.scale_grid.project(scale)))
+        self.store(Fields(self.spec.scale_grid.project(scale, self.spec.signed_scale)))
 
     @torch.no_grad()
     def observe(self, x_TI: Tensor) -> None:

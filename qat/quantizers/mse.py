@@ -1,8 +1,9 @@
 """Frozen scale, searched once: the candidate with the least squared error of each group.
 
 Candidates shrink the group's range by 60 factors from 1.0 down to 0.2 of absmax / minmax (`algorithms`: MSE search,
-e.g. OMSE, Choukroun et al. 2019). The scale then stays; weights are trained under it with the straight-through
-gradient inside the grid and none where it clips.
+e.g. OMSE, Choukroun et al. 2019); powers of two: that of OCP MX, its double and its half. Scales that may be negative
+are searched for -w too. The scale then stays; weights are trained under it with the straight-through gradient inside
+the grid and none where it clips.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from qat.fake_quant_kernels import mse_search
+from qat.fake_quant_kernels.fields import amax_of
 from qat.qtensor import Fields
-from qat.quantizers.base import Quantizer, joined, split
+from qat.quantizers.base import Quantizer, joined, scales_of_amax, split
 from qat.specs import QuantSpec
 
 CANDIDATES = 60
@@ -22,11 +24,43 @@ SMALLEST_FACTOR = 0.2
 @torch.no_grad()
 def search(w_RK: Tensor, spec: QuantSpec) -> Fields:
     """Fields [R, G] of least squared error for fp32 rows [R, K]; ties go to the widest range."""
-    grid, stored = spec.grid, spec.scale_grid
+    if not spec.is_int or spec.scale == "e8m0":
+        return _search_levels(w_RK, spec)
+    fields, error = _search_integers(w_RK, spec)
+    if not spec.signed_scale:
+        return fields
+    mirrored, other = _search_integers(-w_RK, spec)
+    return Fields(torch.where(other < error, -mirrored.scale, fields.scale))
+
+
+def _search_levels(w_RK: Tensor, spec: QuantSpec) -> Fields:
+    """Symmetric scales of grids for which there is no kernel of candidates."""
+    whole = spec.granularity == "tensor"
+    rows = w_RK.reshape(1, -1) if whole else w_RK
+    groups = 1 if whole else spec.groups(w_RK.shape[1])
+    amax = amax_of(rows, groups)
+    if spec.scale == "e8m0":
+        middle = scales_of_amax(amax, spec).scale
+        candidates = [spec.scale_grid.project(middle * factor) for factor in (2.0, 1.0, 0.5)]
+    else:
+        factors = torch.linspace(1.0, SMALLEST_FACTOR, CANDIDATES).tolist()
+        candidates = [scales_of_amax(amax * factor, spec).scale for factor in factors]
+    best, least = candidates[0], torch.full_like(amax, torch.inf)
+    for scale in candidates:
+        fake = spec.grid.fake_quantize(rows, scale, None, None)
+        # as the kernel of candidates has it: a pass in fp32 whose order could depend on the machine decides nothing
+        error = (fake.double() - rows.double()).square().reshape(*scale.shape, -1).sum(-1).float()
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return Fields(best)
+
+
+def _search_integers(w_RK: Tensor, spec: QuantSpec) -> tuple[Fields, Tensor]:
+    """(fields, their squared errors [R, G])."""
+    grid, stored = spec.int_grid, spec.scale_grid
     whole = spec.granularity == "tensor"
     kind = ("none", "int", "float").index(spec.zero_point)
-    reach = grid.qmax if not (kind or grid.signed) else grid.steps if kind else grid.steps / 2
-    scale, offset, _ = mse_search.search(
+    scale, offset, error = mse_search.search(
         w_RK.reshape(1, -1) if whole else w_RK,
         # made on a CPU: another device may round the factors in another way
         torch.linspace(1.0, SMALLEST_FACTOR, CANDIDATES).to(w_RK.device),
@@ -34,13 +68,13 @@ def search(w_RK: Tensor, spec: QuantSpec) -> Fields:
         kind,
         grid.qmin,
         grid.qmax,
-        1.0 / reach,
+        1.0 / (grid.steps if kind else grid.reach),
         stored.dtype,
         stored.smallest,
         stored.largest,
         stored.name == "portable",
     )
-    return Fields(scale, offset if kind == 1 else None, offset if kind == 2 else None)
+    return Fields(scale, offset if kind == 1 else None, offset if kind == 2 else None), error
 
 
 class Stored(Quantizer):
@@ -91,7 +125,7 @@ class Stored(Quantizer):
         zero = None if self.start_zero is None else torch.round(joined(self.start_zero))
         minimum = None if self.start_minimum is None else joined(self.start_minimum)
         if self.live_spec is not self.spec:
-            own, live = self.spec.grid, self.live_spec.grid
+            own, live = self.spec.int_grid, self.live_spec.int_grid
             scale = scale * (own.steps / live.steps)
             if zero is not None:
                 zero = live.qmin + torch.round((zero - own.qmin) * (live.steps / own.steps))
@@ -103,4 +137,4 @@ class Mse(Stored):
 
     def qparams(self, w_RK: Tensor) -> Fields:
         scale, zero, minimum = self.start()
-        return Fields(self.spec.scale_grid.project(scale), zero, minimum)
+        return Fields(self.spec.scale_grid.project(scale, self.spec.signed_scale), zero, minimum)

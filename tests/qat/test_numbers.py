@@ -67,7 +67,7 @@ ANY = st.lists(st.floats(width=32), min_size=1, max_size=8).map(torch.tensor)
 @given(ANY, st.sampled_from(sorted(SCALE_GRIDS)))
 def test_a_stored_scale_is_finite_positive_and_stays(values: Tensor, name: str) -> None:
     grid = SCALE_GRIDS[name]
-    for function in (grid.project, grid.project_minimum):
+    for function in (grid.project, *([] if name == "e8m0" else [grid.project_minimum])):
         stored = function(values)
         assert stored.dtype == torch.float32 and bool(torch.isfinite(stored).all())
         assert torch.equal(stored.to(grid.dtype).float(), stored)
@@ -88,7 +88,7 @@ def test_projection_is_nearest_and_straight_through(name: str) -> None:
     grid = SCALE_GRIDS[name]
     values = torch.logspace(-4, 4, 200).requires_grad_()
     stored = grid.project(values)
-    step = {1: 2.0**-8, 2: 2.0**-11, 3: 0.0}[grid.parts]
+    step = 2.0**-1 if name == "e8m0" else {1: 2.0**-8, 2: 2.0**-11, 3: 0.0}[grid.parts]
     assert bool(((stored - values).abs() <= step * values.clamp(2.0**-14)).all())
     (grad,) = torch.autograd.grad(stored.sum(), values)
     assert torch.equal(grad, torch.ones(200))
@@ -106,7 +106,7 @@ def test_unknown_scales_are_refused() -> None:
 @given(ANY, st.sampled_from(sorted(SCALE_GRIDS)))
 def test_split_numbers_survive_bf16_storage(values: Tensor, name: str) -> None:
     grid = SCALE_GRIDS[name]
-    for stored in (grid.project(values), grid.project_minimum(values)):
+    for stored in (grid.project(values), *([] if name == "e8m0" else [grid.project_minimum(values)])):
         parts = split(stored, grid.parts)
         assert torch.equal(parts.to(torch.bfloat16).float(), parts)
         assert torch.equal(joined(parts), stored) and torch.equal(joined(parts.bfloat16()), stored)

@@ -63,6 +63,10 @@ class CompressedTensors(Format):
             found.append(f"compressed-tensors holds quantized Linear layers, not {row.type}; {_KEEP}")
         if row.weight is None:
             return [*found, "its input is quantized but not its weight; give its rule a weight too"]
+        if not row.weight.is_int:
+            found.append(f"grid {row.weight.kind}: this writer stores integers; nearest: grid: int, bits: 4")
+        if row.weight.signed_scale:
+            found.append("signed_scale=true: compressed-tensors has positive scales; nearest: signed_scale: false")
         if row.weight.zero_point == "float":
             found.append("zero_point=float: compressed-tensors has integer zero points; nearest: zero_point: int")
         if row.input is not None:
@@ -205,6 +209,8 @@ class CompressedTensors(Format):
 
 def _input_reasons(spec: QuantSpec) -> list[str]:
     found = []
+    if not spec.is_int:
+        found.append(f"input grid {spec.kind}: this writer stores integers; nearest: grid: int, bits: 8")
     if spec.granularity not in ("token", "tensor"):
         found.append(f"input granularity={spec.granularity}: compressed-tensors has token (dynamic) or tensor (static)")
     if spec.zero_point == "float" or spec.narrow or (spec.zero_point == "none" and not spec.signed):

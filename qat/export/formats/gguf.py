@@ -66,6 +66,8 @@ class Gguf(Format):
         found = []
         bits = 4 if spec.bits <= 4 else 8
         nearest = _NEAREST % (bits, f"Q{bits}_0")
+        if not spec.is_int:
+            return [f"grid {spec.kind}: Q4_0 and Q8_0 hold integers; {nearest}"]
         if spec.zero_point != "none":
             found.append(f"zero_point={spec.zero_point}: Q4_0 and Q8_0 have none; {nearest}")
         elif not spec.signed:
@@ -114,7 +116,7 @@ class Gguf(Format):
 
     @staticmethod
     def _type(spec: QuantSpec) -> str:
-        kind = ggml_blocks.smallest_type(spec.grid.qmin, spec.grid.qmax)
+        kind = ggml_blocks.smallest_type(spec.int_grid.qmin, spec.int_grid.qmax)
         if kind is None:
             raise ExportError(f"{spec} has codes beyond 8 signed bits")
         return kind
