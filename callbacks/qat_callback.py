@@ -3,7 +3,7 @@
     setup             layers are swapped if they exist; else around configure_model, which comes before optimizers,
                       wrapping, sharding and the loading of weights
     on_fit_start      checks only: sharded weights are not loaded yet
-    on_train_start    the first moment with final weights under every strategy: scales are searched
+    on_train_start    the first moment with final weights under every strategy: scales are searched, `init` is done
     optimizer step    one `qat.after_optimizer_step` per step of the optimizer that owns the planned weights
     on_*_start        the schedule is applied again (a loaded checkpoint brings its own step)
 
@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import qat
 from qat.bypass import planned_weights, watched
+from qat.callbacks.calibration import start_from_gptq
 from qat.callbacks.lightning import AnyCallback, is_a, overrides
 from qat.callbacks.patches import Patch
 from qat.callbacks.selection import forget_best_scores
@@ -171,7 +172,12 @@ class QATCallback(AnyCallback):
         if state.record.step == 0:
             # from these weights the run starts; a checkpoint of a later step brings its own scales
             qat.initialize(pl_module)
+            if self.recipe.init.method != "none":
+                start_from_gptq(trainer, pl_module, self.recipe.init)
         qat.apply_schedule(pl_module)
+        if list(self.recipe.phases.values())[-1].steps == 0:
+            # nothing is to be trained: Lightning looks at this before the first batch
+            trainer.should_stop = True
         _share_record(trainer, pl_module)
         self._stop_counting()
         owner = owner_of_planned(trainer, pl_module)

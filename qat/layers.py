@@ -317,6 +317,9 @@ def _multiplies_codes(
     codes, scale, zero, minimum = w_quantized
     if not (x_slot.spec.is_int and w_slot.spec.is_int):
         return False
+    # one scale per token or for all
+    if x_quantized[1] is not None and x_quantized[1].shape[1] != 1:
+        return False
     asymmetric = zero is not None or minimum is not None or x_quantized[3] is not None
     # by the spec, not by the form: whether codes are kept must change no number
     if packs(w_slot.spec, w_slot.layout.rows_shape[1]) or asymmetric or scale.shape[1] != 1:

@@ -282,9 +282,10 @@ def _backward_reasons(row: PlanRow, kind: str, module: nn.Module) -> list[str]:
             f"{said} needs a signed integer weight without zero points, granularity=channel or tensor; "
             f"this one is {w or 'float'}"
         )
-    if row.backward == "int8" and (x is None or not x.is_int or x.zero_point == "float"):
+    if row.backward == "int8" and (x is None or not x.is_int or x.granularity == "group" or x.zero_point == "float"):
         found.append(
-            f"{said} needs an integer input, zero_point none or int; this one is {x or 'float'}; use int8_dgrad"
+            f"{said} needs an integer input per token or tensor, zero_point none or int; this one is {x or 'float'}; "
+            "use int8_dgrad"
         )
     outputs = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
     if outputs > LONGEST:

@@ -30,13 +30,14 @@ INPUT_QUANTIZERS = {
 # Recomputed in every forward, so they follow a change of bits by themselves; the others keep a scale per input tensor.
 DYNAMIC_QUANTIZERS = ("absmax", "minmax")
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
-INPUT_GRANULARITIES = ("tensor", "token")
+INPUT_GRANULARITIES = ("tensor", "token", "group")
 ZERO_POINTS = ("none", "int", "float")
 SCALES = ("portable", "fp32", "fp16", "bf16", "e8m0")
 # grids with bits of their own; integers have those of the recipe
 GRID_BITS = {"ternary": 2, "seq": 2, "binary": 1, "nf4": 4, "iq4_nl": 4, "fp4": 4, "e4m3": 8, "e5m2": 8}
 GRIDS = ("int", *GRID_BITS)
 BACKWARDS = ("float", "int8", "int8_dgrad")
+INITS = ("none", "gptq", "gptq_latent")
 LOSSES = ("kl", "mse", "cosine")
 TASKS = ("causal_lm", "image_classification", "sentence_embedding")
 SCHEDULERS = ("cosine", "constant")
@@ -81,6 +82,7 @@ def check(recipe: Recipe) -> list[str]:
     if recipe.rules and all(rule.weight is None and rule.input is None for rule in recipe.rules.values()):
         found.append("rules: no rule has a weight or an input, so nothing would be quantized; add one to a rule")
     found += _phases(recipe)
+    found += _init(recipe)
     found += _distill(recipe.distill)
     found += _targets(recipe.export.targets)
     return found + _train(recipe.train)
@@ -91,7 +93,7 @@ def _classes(recipe: Recipe) -> list[tuple[str, str]]:
     wanted: list[tuple[str, object, type]] = [
         *((join("rules", name), rule, Rule) for name, rule in recipe.rules.items()),
         *((join("phases", name), phase, Phase) for name, phase in recipe.phases.items()),
-        *((key, getattr(recipe, key), type(getattr(Recipe(), key))) for key in ("distill", "export", "train")),
+        *((key, getattr(recipe, key), type(getattr(Recipe(), key))) for key in ("init", "distill", "export", "train")),
     ]
     for name, rule in recipe.rules.items():
         for key in ("weight", "input"):
@@ -161,10 +163,11 @@ def _rule(rule: Rule, path: str) -> list[str]:
             )
     if rule.input is not None:
         found += _slot(rule.input, f"{path}.input", INPUT_GRANULARITIES, INPUT_QUANTIZERS)
-        if rule.input.granularity == "token" and rule.input.quantizer in ("lsq", "ema"):
+        if rule.input.granularity in ("token", "group") and rule.input.quantizer in ("lsq", "ema"):
             found.append(
-                f'{path}.input.granularity: "token" is not allowed with quantizer={rule.input.quantizer}, whose range '
-                "is fixed before a token is seen; allowed: tensor, or quantizer=absmax or minmax"
+                f"{path}.input.granularity: {show(rule.input.granularity)} is not allowed with quantizer="
+                f"{rule.input.quantizer}, whose range is fixed before a token is seen; allowed: tensor, or "
+                "quantizer=absmax or minmax"
             )
     return found
 
@@ -244,8 +247,13 @@ def _phases(recipe: Recipe) -> list[str]:
     last = list(recipe.phases)[-1]
     for name, phase in recipe.phases.items():
         path = join("phases", name)
-        if name == last and phase.steps != -1:
-            found.append(f"{path}.steps: {phase.steps} is not allowed in the last phase; allowed: -1 (until the end)")
+        if name == last and phase.steps not in (-1, 0):
+            found.append(
+                f"{path}.steps: {phase.steps} is not allowed in the last phase; allowed: -1 (until the end), or 0 (no "
+                "training)"
+            )
+        if name == last != next(iter(recipe.phases)) and phase.steps == 0:
+            found.append(f"{path}.steps: 0, no training, is not allowed after other phases; allowed: -1")
         if name != last and phase.steps < 0:
             found.append(f"{path}.steps: {phase.steps} is not allowed before the last phase; allowed: 0 or more")
         found += _at_least(f"{path}.ramp", phase.ramp, 0)
@@ -281,6 +289,29 @@ def _phase_bits(phase: Phase, path: str, rules: dict[str, Rule]) -> list[str]:
                 f"quantizer={rule.weight.quantizer}, whose zero point is kept; allowed: zero_point=none, or "
                 f"quantizer={' or '.join(DYNAMIC_QUANTIZERS)}"
             )
+    return found
+
+
+def _init(recipe: Recipe) -> list[str]:
+    init = recipe.init
+    found = _one_of("init.method", init.method, INITS)
+    found += _at_least("init.batches", init.batches, 1)
+    if init.damp < 0:
+        found.append(f"init.damp: {show(init.damp)} is not allowed; allowed: 0 or more")
+    if init.method == "none":
+        return found
+    for name, rule in recipe.rules.items():
+        if rule.weight is not None and rule.weight.quantizer in DYNAMIC_QUANTIZERS:
+            found.append(
+                f"init.method: {init.method} is not allowed with {join('rules', name)}.weight.quantizer="
+                f"{rule.weight.quantizer}, whose scales follow the weights; allowed: none, or quantizer=mse or lsq"
+            )
+    first = next(iter(recipe.phases.items()), None)
+    if first is not None and not (first[1].quantize and not first[1].bits):
+        found.append(
+            f"init.method: {init.method} is not allowed with a first phase ({first[0]}) in float or in other bits, "
+            "after which the weights are others; allowed: none, or quantize=true and no bits there"
+        )
     return found
 
 

@@ -17,7 +17,7 @@ class Slot:
 
     # Bits of a code, 1..8.
     bits: int = 8
-    # Numbers that share one scale. Weights: tensor | channel | group; inputs: tensor | token.
+    # Numbers that share one scale. Weights: tensor | channel | group; inputs: tensor | token | group, of a token.
     granularity: str = "channel"
     # Numbers of a row in one group, with granularity=group only; has to divide the inputs of a row.
     group_size: int | None = None
@@ -83,7 +83,7 @@ class Rule:
 class Phase:
     """A stretch of optimizer steps in which the same things are active."""
 
-    # Optimizer steps; -1, for the last phase only: until training ends.
+    # Optimizer steps; of the last phase -1, until training ends, or 0: nothing is trained, only `init` is done.
     steps: int = -1
     # false: the model computes in float.
     quantize: bool = True
@@ -93,6 +93,23 @@ class Phase:
     freeze_scales: bool = False
     # Weight bits of a rule during this phase, by the rule's name; other rules use their own.
     bits: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Init:
+    """What the weights start from, found on training batches before the first step."""
+
+    # none: the weights as they are | gptq: rounded by GPTQ, which makes good for each error with the weights that are
+    # left | gptq_latent: the same codes, from GPTQ's weights as they were before they were rounded
+    method: str = "none"
+    # Training batches that are looked at.
+    batches: int = 16
+    # Added to the diagonal of the inputs' second moments, as a share of its mean.
+    damp: float = 0.01
+    # Weights with the largest inputs are rounded first.
+    act_order: bool = True
+    # Scales are searched for the error that the inputs see, not for that of the weights.
+    weighted: bool = False
 
 
 @dataclass
@@ -185,6 +202,7 @@ class Recipe:
     rules: dict[str, Rule] = field(default_factory=dict)
     # Name -> phase, in order. A phase set to null is removed.
     phases: dict[str, Phase] = field(default_factory=lambda: {"qat": Phase()})
+    init: Init = field(default_factory=Init)
     distill: Distill = field(default_factory=Distill)
     export: Export = field(default_factory=Export)
     train: Train = field(default_factory=Train)

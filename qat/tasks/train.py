@@ -84,6 +84,9 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> dict[str, Any]:
         callbacks.append(exporter)
     trainer = make_trainer(recipe.train, out, callbacks)
     trainer.fit(module, datamodule=data, ckpt_path=recipe.train.resume)
+    if list(recipe.phases.values())[-1].steps == 0:
+        # nothing was trained, so nothing was validated either
+        trainer.validate(module, datamodule=data, verbose=False)
     # validation need not fall on the last step: what is exported is what last.ckpt holds
     trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -215,7 +215,7 @@ def test_law_for_weights(name: str, record_property: Callable[[str, object], Non
 @pytest.mark.parametrize("name", for_inputs())
 def test_law_for_inputs(name: str, record_property: Callable[[str, object], None]) -> None:
     count: Counter[str] = Counter()
-    for index, spec in enumerate(specs(name, ("tensor", "token"), True)):
+    for index, spec in enumerate(specs(name, ("tensor", "token", "group"), True)):
         for dtype in DTYPES:
             quantizer = make_quantizer(spec, Layout((1, 1), "tokens"))
             for step in range(3 if quantizer.static_activations else 1):

@@ -1,0 +1,105 @@
+"""`init` of a recipe in a Lightning run."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lit_small import Language, Lit, data, fit, recipe, tokens, trainer
+from torch import Tensor, nn
+
+import qat
+from qat.callbacks import DistillationCallback, ExportCallback, QATCallback
+from qat.init import gptq
+
+INIT = {"method": "gptq_latent", "batches": 3}
+
+
+def started(seen: dict[str, Tensor]) -> Any:
+    """A callback that writes down the state from which the training starts."""
+    import pytorch_lightning as pl
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.update({key: value.clone() for key, value in pl_module.state_dict().items()})
+
+    return Look()
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptq_latent"])
+def test_a_run_starts_where_gptq_ends(tmp_path: Path, method: str) -> None:
+    """Mutations: `latent` turned round, all batches instead of the first three: red."""
+    seen: dict[str, Tensor] = {}
+    fit(tmp_path, Lit(), recipe(init={"method": method, "batches": 3}), started(seen), steps=1)
+    other = Lit()
+    qat.prepare(other, recipe())
+    batches = [batch[0] for batch in islice(data(), 3)]
+    gptq(other, batches, latent=method == "gptq_latent", forward=lambda model, x: model.net(x))
+    for key, value in other.state_dict().items():
+        assert "_extra_state" in key or torch.equal(value, seen[key]), key
+    assert not torch.equal(seen["net.a.weight"], Lit().net.a.weight)
+
+
+def test_random_numbers_and_figures_go_on_as_without(tmp_path: Path) -> None:
+    class Noisy(Lit):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.log("noise", torch.rand(()), on_step=True)
+            return super().training_step(batch, batch_idx)
+
+    def noise(init: dict[str, Any]) -> list[float]:
+        torch.manual_seed(3)
+        module = Noisy()
+        module.log = lambda name, value, **_: found.append(float(value))  # type: ignore[method-assign]
+        found: list[float] = []
+        torch.manual_seed(3)
+        fit(tmp_path, module, recipe(init=init), limit_val_batches=0)
+        return found
+
+    assert noise(INIT) == noise({}) and len(noise({})) == 4
+
+
+@pytest.mark.parametrize("method", ["none", "gptq"])
+def test_no_training(tmp_path: Path, method: str) -> None:
+    """phases.qat.steps=0: `init` and the export, no step."""
+    module = Language()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    words = {"init": {"method": method}, "phases": {"qat": {"steps": 0}}, "export": {"targets": ["compressed-tensors"]}}
+    slot = {"quantizer": "mse", "group_size": 32}
+    export = ExportCallback(tmp_path / "out")
+    t = trainer(tmp_path, QATCallback(recipe(slot, **words)), DistillationCallback(), export, max_steps=5)
+    t.fit(module, tokens(), tokens())
+    assert t.global_step == 0 and export.receipts
+    same = [torch.equal(p, before[name]) for name, p in module.named_parameters() if name in before]
+    assert all(same) == (method == "none")
+    qat.verify(tmp_path / "out")
+
+
+def test_a_resumed_run_starts_from_its_checkpoint(tmp_path: Path) -> None:
+    whole, parts, rest = Lit(), Lit(), Lit()
+    fit(tmp_path, whole, recipe(init=INIT), steps=6)
+    t = fit(tmp_path, parts, recipe(init=INIT), steps=3)
+    t.save_checkpoint(tmp_path / "x.ckpt")
+    t = trainer(tmp_path, QATCallback(recipe(init=INIT)), max_steps=6, limit_val_batches=0)
+    t.fit(rest, data(), ckpt_path=tmp_path / "x.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
+
+
+def test_manual_optimization_is_refused(tmp_path: Path) -> None:
+    class Manual(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(qat.QATError, match="manual optimization"):
+        fit(tmp_path, Manual(), recipe(init=INIT))
+
+
+def test_a_training_step_without_an_index(tmp_path: Path) -> None:
+    class Short(Lit):
+        def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+            return self.loss(batch)
+
+    module = Short()
+    fit(tmp_path, module, recipe(init=INIT), steps=1)
+    assert isinstance(module.net, nn.Module) and qat.is_prepared(module)
