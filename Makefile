@@ -4,6 +4,8 @@
 # make lint    ruff and mypy
 # make docs    tables and picture of README and docs/cost.md from benchmarks/results/{demo,cpu,backward}.json
 # make bench-cpu   QAT step over float step, beside other libraries, one thread: benchmarks/results/cpu.json (45 minutes)
+# make bench-quality   KL to the float model beside GPTQ and other libraries' QAT: benchmarks/results/quality.json (30
+#              minutes on two cores; BENCH_ARGS=--quick: 5 minutes, fewer methods, no file unless --out names one)
 # make bench-gpu   kernels and Llama steps on one GPU, with nothing but torch and triton: benchmarks/results/gpu-*.json
 # make aot     every kernel compiled for GPUs that need not be there, and judged: benchmarks/results/aot-*.json
 # make clean   removes what the targets above made
@@ -44,7 +46,7 @@ else ifneq (ok,$(shell $(BIN)/python -c 'print("ok")' 2>/dev/null))
 $(STAMP): FORCE
 endif
 
-.PHONY: help setup demo test lint docs bench-cpu bench-gpu aot clean FORCE
+.PHONY: help setup demo test lint docs bench-cpu bench-quality bench-gpu aot clean FORCE
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -88,6 +90,9 @@ $(BENCH)/setup.done: pyproject.toml $(CONSTRAINTS)
 
 bench-cpu: $(BENCH)/setup.done
 	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m benchmarks.cpu $(BENCH_ARGS)
+
+bench-quality: $(BENCH)/setup.done
+	OMP_NUM_THREADS=1 $(BENCH)/bin/python -m benchmarks.quality $(BENCH_ARGS)
 
 bench-gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(BENCH_ARGS)

@@ -27,7 +27,8 @@ def imported(package: str) -> Iterator[None]:
     """Inside, an import that fails and a refusal become Missing; greetings of the libraries are not shown."""
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        quiet = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             warnings.simplefilter("ignore")
             yield
     except ImportError as problem:
@@ -38,24 +39,29 @@ def imported(package: str) -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _torchao(activation: tuple[Any, ...] | None, weight: tuple[Any, ...]) -> Builder:
-    """(dtype, granularity or group size, symmetric) of activations and of weights."""
+def torchao_builder(
+    activation: tuple[Any, ...] | None, weight: tuple[Any, ...], learned_scales: bool = False
+) -> Builder:
+    """(dtype, granularity or group size, symmetric) of activations and of weights; learned scales are its prototype."""
 
     def config(dtype: Any, what: Any, symmetric: bool) -> Any:
         from torchao.quantization.qat import IntxFakeQuantizeConfig
 
         size = {"group_size": what} if isinstance(what, int) else {"granularity": what}
-        return IntxFakeQuantizeConfig(dtype, **size, is_symmetric=symmetric)
+        learned = {"is_dynamic": False, "range_learning": True} if learned_scales else {}
+        return IntxFakeQuantizeConfig(dtype, **size, is_symmetric=symmetric, **learned)
 
     def build(model: nn.Module, batch: Any) -> nn.Module:
         with imported("torchao"):
             from torchao.quantization import quantize_
-            from torchao.quantization.qat import QATConfig
+            from torchao.quantization.qat import QATConfig, initialize_fake_quantizers
 
             acts = None if activation is None else config(*activation)
             step = QATConfig(activation_config=acts, weight_config=config(*weight), step="prepare")
             chosen = set(linears(model))
             quantize_(model, step, filter_fn=lambda module, name: name in chosen)
+            if learned_scales:
+                initialize_fake_quantizers(model, (batch,))
         return model
 
     return build
@@ -68,22 +74,23 @@ def _in_blocks(config: Any, size: int) -> Any:
     return [_in_blocks(each, size) for each in config] if isinstance(config, list) else config
 
 
-def _modelopt(name: str, block: int | None = None) -> Builder:
-    """One of the library's own configurations, in blocks of this size where given, calibrated on the batch."""
+def modelopt_builder(config: str | dict[str, Any], block: int | None = None) -> Builder:
+    """A configuration or the name of one of the library's own, in blocks of this size where given, calibrated on the
+    batch."""
 
     def build(model: nn.Module, batch: Any) -> nn.Module:
         with imported("nvidia-modelopt"):
             import modelopt.torch.quantization as mtq
 
-            config = getattr(mtq, name)
-            config = config if block is None else _in_blocks(config, block)
-            quantized: nn.Module = mtq.quantize(model, config, lambda m: m(batch))
+            chosen = getattr(mtq, config) if isinstance(config, str) else config
+            chosen = chosen if block is None else _in_blocks(chosen, block)
+            quantized: nn.Module = mtq.quantize(model, chosen, lambda m: m(batch))
         return quantized
 
     return build
 
 
-def _brevitas(**settings: str | int) -> Builder:
+def brevitas_builder(**settings: str | int) -> Builder:
     """QuantLinear in place of each linear; a setting that ends in _quant names a class of brevitas.quant."""
 
     def build(model: nn.Module, batch: Any) -> nn.Module:
@@ -105,16 +112,19 @@ def _brevitas(**settings: str | int) -> Builder:
 
 # tool -> (family, builder)
 PEERS: dict[str, tuple[str, Builder]] = {
-    "torchao W4 g32": ("weight", _torchao(None, (torch.int4, 32, True))),
-    "ModelOpt W4 g32": ("weight", _modelopt("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", 32)),
-    "Brevitas W4 row": ("weight", _brevitas(weight_quant="Int8WeightPerChannelFloat", weight_bit_width=4)),
-    "torchao 8da4w": ("activation", _torchao((torch.int8, "per_token", False), (torch.int4, 32, True))),
+    "torchao W4 g32": ("weight", torchao_builder(None, (torch.int4, 32, True))),
+    "ModelOpt W4 g32": ("weight", modelopt_builder("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", 32)),
+    "Brevitas W4 row": ("weight", brevitas_builder(weight_quant="Int8WeightPerChannelFloat", weight_bit_width=4)),
+    "torchao 8da4w": ("activation", torchao_builder((torch.int8, "per_token", False), (torch.int4, 32, True))),
     # symmetric scales per token are refused by torchao 0.18: asymmetric ones are its nearest
-    "torchao W8A8": ("activation", _torchao((torch.int8, "per_token", False), (torch.int8, "per_channel", True))),
-    "ModelOpt W8A8": ("activation", _modelopt("INT8_DEFAULT_CFG")),
+    "torchao W8A8": (
+        "activation",
+        torchao_builder((torch.int8, "per_token", False), (torch.int8, "per_channel", True)),
+    ),
+    "ModelOpt W8A8": ("activation", modelopt_builder("INT8_DEFAULT_CFG")),
     "Brevitas W8A8": (
         "activation",
-        _brevitas(weight_quant="Int8WeightPerChannelFloat", input_quant="Int8ActPerTensorFloat"),
+        brevitas_builder(weight_quant="Int8WeightPerChannelFloat", input_quant="Int8ActPerTensorFloat"),
     ),
 }
 # compiled ones that are tried: Brevitas' own modules break the graph at every layer

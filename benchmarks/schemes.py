@@ -53,8 +53,9 @@ GPU = {
 }
 
 
-def recipe(rule: dict[str, Any]) -> Any:
-    """A recipe that gives every linear but the head this rule; raises Missing where recipes have no such words."""
+def recipe(rule: dict[str, Any], **more: Any) -> Any:
+    """A recipe that gives every linear but the head this rule, and says `more` beside its rules; raises Missing where
+    recipes have no such words."""
     from qat.errors import QATError, RecipeError
     from qat.recipes import from_dict
 
@@ -63,7 +64,7 @@ def recipe(rule: dict[str, Any]) -> Any:
         "head": {"match": ["*lm_head"], "keep_float": True, "optional": True},
     }
     try:
-        return from_dict({"name": "benchmark", "rules": rules})
+        return from_dict({"name": "benchmark", "rules": rules, **more})
     except (QATError, RecipeError) as problem:
         raise Missing(f"no recipe can say it yet: {problem}") from None
 

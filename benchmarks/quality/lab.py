@@ -1,0 +1,171 @@
+"""One seed's float model and data, and the training loop of every method.
+
+Batches come in the same order for every method of a seed, and the teacher's outputs on them are computed once.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+import qat
+from qat import distill
+from qat.recipes import Train
+from qat.tasks.base import learning_rate_factor
+
+Scores = dict[str, float]
+SPLITS = ("tune", "test")
+
+
+class Lab(ABC):
+    """A case fills in the data; `dry` asks for sizes that only show whether the code runs."""
+
+    case = ""
+    # of the float model and of quantization-aware training; what a schedule does not say is `Train`'s default: AdamW
+    # with betas .9/.95, warm-up over 5 % of the steps, cosine to zero, gradients clipped to norm 1
+    float_schedule: Train
+    steps: int
+
+    def __init__(self, seed: int, dry: bool = False) -> None:
+        self.seed, self.dry = seed, dry
+        self.float_model: nn.Module
+
+    @abstractmethod
+    def fresh(self) -> nn.Module:
+        """The float architecture with random weights of this seed."""
+
+    @abstractmethod
+    def batch(self, order: int, step: int) -> Any:
+        """Inputs of one step; order 0 is that of the float model's training, 1 that of all methods."""
+
+    @abstractmethod
+    def task_loss(self, output: Tensor, batch: Any) -> Tensor:
+        """The loss that the float model was trained with, of the model's output on the batch."""
+
+    @abstractmethod
+    def scores(self, model: nn.Module, split: str) -> Scores:
+        """Metric -> value on a split; all are lower for a model that is closer to the float one."""
+
+    @abstractmethod
+    def calibration(self) -> list[Any]:
+        """Training batches for methods that look at activations without training."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """About the data, for the results' environment."""
+
+    def pretrain(self) -> None:
+        """Train the float model."""
+        torch.manual_seed(self.seed)
+        model = self.fresh()
+        train(model, self.float_schedule, lambda step: self._supervised(model, 0, step))
+        self.float_model = model.eval()
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over a float model that was trained already."""
+        self.float_model = self.fresh()
+        self.float_model.load_state_dict(state)
+        self.float_model.eval()
+
+    def copy(self) -> nn.Module:
+        return copy.deepcopy(self.float_model)
+
+    def loss(self, model: nn.Module, kind: str, step: int) -> Tensor:
+        """Loss of step `step` of a method's training: `ce`, the task's own, or `kl` to the float model."""
+        if kind == "ce":
+            return self._supervised(model, 1, step)
+        output = distill.output_of(model(self.batch(1, step)))
+        return distill.LOSSES[kind](output, self.teacher[step])
+
+    @cached_property
+    def teacher(self) -> list[Tensor]:
+        """The float model's outputs on the batches of all steps."""
+        with torch.no_grad():
+            return [distill.output_of(self.float_model(self.batch(1, step))) for step in range(self.steps)]
+
+    def _supervised(self, model: nn.Module, order: int, step: int) -> Tensor:
+        batch = self.batch(order, step)
+        return self.task_loss(distill.output_of(model(batch)), batch)
+
+
+def train(
+    model: nn.Module,
+    schedule: Train,
+    loss: Callable[[int], Tensor],
+    after: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
+    rates: Sequence[tuple[list[nn.Parameter], float]] = (),
+) -> None:
+    """`schedule.max_steps` steps of AdamW on loss(step); `after` every step.
+
+    rates   parameters whose learning rate is this multiple of the others'
+    """
+    apart = {id(p) for parameters, _ in rates for p in parameters}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+    groups: list[dict[str, Any]] = [{"params": others}]
+    groups += [{"params": parameters, "lr": factor * schedule.lr} for parameters, factor in rates]
+    betas = (schedule.betas[0], schedule.betas[1])
+    optimizer = torch.optim.AdamW(groups, schedule.lr, betas, weight_decay=schedule.weight_decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(schedule, step))
+    model.train()
+    for step in range(schedule.max_steps):
+        loss(step).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), schedule.gradient_clip)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        after(optimizer)
+    model.eval()
+
+
+def exported(model: nn.Module, plain: nn.Module) -> nn.Module:
+    """`plain`, a float copy of the network, with what leaves training: dequantized integers and the float tensors.
+
+    Raises AssertionError where the integers are not the numbers that the last forward of a layer would use.
+    """
+    from qat.layers import weight_quantizers
+    from qat.steps import qat_layers
+
+    bundle = qat.convert(model)
+    assert len(bundle), "nothing is quantized"
+    weights = {name: tensor.dequantize() for name, tensor in bundle.items()}
+    for name, layer in qat_layers(model).items():
+        for key, quantizer in weight_quantizers(layer).items():
+            with torch.no_grad():
+                fake = quantizer(layer._parameters[key])
+            assert torch.equal(weights[f"{name}.{key}"], fake), f"{name}.{key}: exported differs from trained"
+    plain.load_state_dict({**bundle.floats, **weights})
+    return plain.eval()
+
+
+class _Products(TorchFunctionMode):
+    """Notes, for each F.linear and F.embedding, how many different numbers the fullest row of its weight holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.linear, F.embedding):
+            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
+            weight = getattr(weight, "value", weight).detach()
+            self.found.append(max(int(row.unique().numel()) for row in weight))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def levels(expected: int, count: int) -> Iterator[None]:
+    """Check, in one forward inside, that the rows of `count` linears, and of no other weight, have at most `expected`
+    different numbers: that the quantization is on in every tool, and on the same layers. Raises AssertionError."""
+    with _Products() as seen:
+        yield
+    quantized = sum(found <= expected for found in seen.found)
+    assert quantized == count, f"{quantized} of {count} weights have rows of at most {expected} numbers: {seen.found}"

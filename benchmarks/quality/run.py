@@ -1,0 +1,285 @@
+"""The suite: `python -m benchmarks.quality` or `make bench-quality`.
+
+    python -m benchmarks.quality                    three seeds, every method -> benchmarks/results/quality.json
+    python -m benchmarks.quality --quick            one seed, two widths, fewer methods and learning rates; the same
+                                                    file only with --out
+    python -m benchmarks.quality --only 'B1 W4'     cases whose name contains this
+    python -m benchmarks.quality --corpus synthetic bytes that do not depend on the Python version
+    python -m benchmarks.quality --try [SUBSTRING]  variants (trials.py) on the tuning split of the first seed: a table
+    python -m benchmarks.quality --dry-run          tiny sizes, without other libraries: does it run?
+
+Protocol. Every seed has a float model of its own. Every method of a seed trains the same number of steps on the same
+batches in the same order. Its learning rate is the one of a grid, the same for all, with the least KL on the tuning
+split of the first seed (for the float control: the least negative log-likelihood); the test split is only reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from benchmarks.common import RESULTS, Missing, Row, environment, save, verdict
+from benchmarks.quality.bytes_lm import CORPORA, BytesLM
+from benchmarks.quality.lab import Lab, Scores
+from benchmarks.quality.methods import METHODS, PEERS, QUICK, QUICK_RATES, RATES, WIDTHLESS, WIDTHS, Method, measured
+from benchmarks.quality.summary import SUITE, rows_of
+from benchmarks.quality.trials import TRIALS
+
+# case -> its lab; --only chooses among "case width"
+CASES: dict[str, type[BytesLM]] = {"B1": BytesLM}
+PROCESSES = 2
+_PREFIX = "try: "
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which lab: enough to build it again in another process. `folder` holds the float models."""
+
+    case: str
+    corpus: str
+    dry: bool
+    folder: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model of one method."""
+
+    place: Place
+    seed: int
+    width: str
+    tool: str
+    rate: float | None
+
+    @property
+    def method(self) -> Method:
+        if self.tool.startswith(_PREFIX):
+            return TRIALS[self.tool.removeprefix(_PREFIX)]
+        return METHODS[self.tool]
+
+
+@dataclass
+class Outcome:
+    """scores: split -> metric -> value; reason: why there are none."""
+
+    job: Job
+    scores: dict[str, Scores] = field(default_factory=dict)
+    reason: str = ""
+    seconds: float = 0.0
+
+
+# two: a process that goes from one seed to the next still has jobs of both
+@lru_cache(2)
+def lab_of(place: Place, seed: int) -> Lab:
+    """With its float model, trained or read from where an earlier call wrote it."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    lab = CASES[place.case](seed, place.dry, place.corpus)
+    file = Path(place.folder) / f"{place.case}-{seed}.pt"
+    if file.exists():
+        lab.load(torch.load(file, weights_only=True))
+    else:
+        lab.pretrain()
+        torch.save(lab.float_model.state_dict(), file)
+    return lab
+
+
+def prepare_lab(place: Place, seed: int) -> tuple[dict[str, Any], float]:
+    """The data's facts, and the seconds that the float model took."""
+    began = time.monotonic()
+    return lab_of(place, seed).facts(), time.monotonic() - began
+
+
+def work(job: Job) -> Outcome:
+    lab, began = lab_of(job.place, job.seed), time.monotonic()
+    try:
+        found = Outcome(job, measured(job.tool, job.method, job.width, lab, job.rate))
+    except Missing as reason:
+        found = Outcome(job, reason=str(reason))
+    found.seconds = time.monotonic() - began
+    return found
+
+
+class InTurn(Executor):
+    """Runs a call when it is submitted, in this process."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@dataclass
+class Suite:
+    """One case: its widths, its tools, and what was found."""
+
+    place: Place
+    widths: Sequence[str]
+    tools: Sequence[str]
+    seeds: Sequence[int]
+    rates: Sequence[float]
+    pool: Executor
+    outcomes: list[Outcome] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Float models; all rates on the first seed; the chosen ones on the others."""
+        labs = [self.pool.submit(prepare_lab, self.place, seed) for seed in self.seeds]
+        self.facts, seconds = labs[0].result()
+        print(f"float model of seed {self.seeds[0]}: {seconds:.0f} s", flush=True)
+        self.do(job for key in self.keys() for job in self.first(*key))
+        for lab in labs:
+            lab.result()
+        chosen = self.chosen()
+        self.do(
+            Job(self.place, seed, width, tool, chosen.get((width, tool)))
+            for seed in self.seeds[1:]
+            for width, tool in self.keys()
+            if (width, tool) not in self.absent()
+        )
+
+    def keys(self) -> list[tuple[str, str]]:
+        """(width, tool); methods in float run once, at the first width."""
+        return [(w, t) for w in self.widths for t in self.tools if w == self.widths[0] or t not in WIDTHLESS]
+
+    def first(self, width: str, tool: str) -> list[Job]:
+        """A job for each learning rate on the first seed."""
+        job = Job(self.place, self.seeds[0], width, tool, None)
+        return [replace(job, rate=rate) for rate in self.rates] if job.method.loss else [job]
+
+    def do(self, jobs: Iterable[Job]) -> None:
+        for future in as_completed([self.pool.submit(work, job) for job in jobs]):
+            found: Outcome = future.result()
+            self.outcomes.append(found)
+            job = found.job
+            shown = found.reason or f"KL {found.scores['tune']['kl']:.5f} on the tuning split"
+            rate = f" at {job.rate:g}" if job.rate else ""
+            print(f"{found.seconds:4.0f} s  seed {job.seed}  {job.width}  {job.tool}{rate}: {shown}", flush=True)
+
+    def absent(self) -> dict[tuple[str, str], str]:
+        """(width, tool) -> why it has no figures."""
+        return {(found.job.width, found.job.tool): found.reason for found in self.outcomes if found.reason}
+
+    def chosen(self) -> dict[tuple[str, str], float]:
+        """(width, tool) -> the learning rate that the tuning split of the first seed prefers; those that train."""
+        best: dict[tuple[str, str], Outcome] = {}
+        for found in self.outcomes:
+            job = found.job
+            if job.seed == self.seeds[0] and job.rate is not None and found.scores:
+                key, judge = (job.width, job.tool), job.method.judge
+                if key not in best or _value(found, judge) < _value(best[key], judge):
+                    best[key] = found
+        return {key: found.job.rate for key, found in best.items() if found.job.rate is not None}
+
+    def scores(self, split: str) -> dict[tuple[str, str], dict[int, Scores]]:
+        """(width, tool) -> seed -> scores at the chosen rate; float methods stand at every width."""
+        chosen, absent = self.chosen(), self.absent()
+        found: dict[tuple[str, str], dict[int, Scores]] = {}
+        for outcome in self.outcomes:
+            job = outcome.job
+            if (job.width, job.tool) not in absent and job.rate == chosen.get((job.width, job.tool)):
+                for width in self.widths if job.tool in WIDTHLESS else (job.width,):
+                    found.setdefault((width, job.tool), {})[job.seed] = outcome.scores[split]
+        return {key: dict(sorted(seeds.items())) for key, seeds in found.items()}
+
+    def rows(self) -> list[Row]:
+        rates = self.chosen()
+        for (_, tool), rate in list(rates.items()):
+            rates |= {(width, tool): rate for width in self.widths if tool in WIDTHLESS}
+        return rows_of(self.place.case, self.scores("test"), self.absent(), rates)
+
+
+def _value(found: Outcome, judge: str) -> float:
+    value = found.scores["tune"][judge]
+    # a run that diverged is never the best
+    return math.inf if math.isnan(value) else value
+
+
+def trial_table(suite: Suite) -> str:
+    """KL on the tuning split by variant and width, and where it was reached."""
+    found, rates, absent = suite.scores("tune"), suite.chosen(), suite.absent()
+    lines = ["| variant | " + " | ".join(suite.widths) + " |", "|---|" + "---:|" * len(suite.widths)]
+    for tool in suite.tools:
+        cells = []
+        for width in suite.widths:
+            key = width, tool
+            scores = found.get(key, {}).get(suite.seeds[0])
+            at = f" ({rates[key]:g})" if key in rates else ""
+            cells.append(f"{scores['kl']:.5f}{at}" if scores else "-")
+        lines.append(f"| {tool.removeprefix(_PREFIX)} | " + " | ".join(cells) + " |")
+    reasons = {f"{tool.removeprefix(_PREFIX)}, {width}: {reason}" for (width, tool), reason in absent.items()}
+    return "\n".join([*lines, *sorted(reasons)])
+
+
+def results_table(rows: Sequence[Row]) -> str:
+    """The means: a line for each case, tool and metric."""
+    shown = [r for r in rows if "seed" not in r and not isinstance(r["value"], str)]
+    return "\n".join(f"{r['case']:12} {r['tool']:26} {r['metric']:46} {r['value']:.6g}" for r in shown)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one seed, W4 and W2, fewer methods and learning rates")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--seeds", default="", help="separated by commas; the first one chooses learning rates")
+    parser.add_argument("--corpus", choices=CORPORA, default=CORPORA[0])
+    parser.add_argument("--try", dest="trial", nargs="?", const="", help="variants whose name contains this")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, without other libraries")
+    parser.add_argument("--processes", type=int, default=PROCESSES, help="side by side, one thread each; 0: this one")
+    parser.add_argument("--out", type=Path, help="file to write")
+    options = parser.parse_args(arguments)
+    began = time.monotonic()
+    quick, dry = options.quick, options.dry_run
+    seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [0] if quick else [0, 1, 2]
+    tools = [tool for tool in METHODS if (not quick or tool in QUICK) and not (dry and tool in PEERS)]
+    if options.trial is not None:
+        seeds = seeds[:1]
+        tools = [f"{_PREFIX}{name}" for name in TRIALS if options.trial in name]
+    chosen = [w for w in WIDTHS if not quick or w in ("W4", "W2")]
+    cases = {case: [w for w in chosen if options.only in f"{case} {w}"] for case in CASES}
+    cases = {case: widths for case, widths in cases.items() if widths}
+    if not cases or not tools:
+        print(f"no case contains {options.only!r}, or no variant {options.trial!r}", file=sys.stderr)
+        return 2
+    rates = RATES[2:3] if dry else QUICK_RATES if quick else RATES
+    rows: list[Row] = []
+    facts: dict[str, Any] = {}
+    processes = 0 if dry else options.processes
+    workers = ProcessPoolExecutor(processes, mp_context=get_context("spawn")) if processes else InTurn()
+    with tempfile.TemporaryDirectory() as folder, workers as pool:
+        for case, widths in cases.items():
+            place = Place(case, options.corpus, dry, folder)
+            suite = Suite(place, widths, tools, seeds, rates, pool)
+            suite.run()
+            if options.trial is not None:
+                print(trial_table(suite))
+            rows += suite.rows()
+            facts |= {f"{case} {name}": value for name, value in suite.facts.items()}
+    if options.trial is not None:
+        return 0
+    print(results_table(rows))
+    whole = not (dry or quick or options.only or options.corpus != CORPORA[0])
+    out = options.out or (RESULTS / f"{SUITE}.json" if whole else None)
+    if out is not None:
+        more = {"seeds": " ".join(map(str, seeds)), "rates": " ".join(f"{rate:g}" for rate in rates)}
+        torch.set_num_threads(1)
+        save(out, environment(**facts, **more, processes=processes, seconds=round(time.monotonic() - began)), rows)
+    # tiny sizes say nothing about goals
+    print(f"{len(rows)} rows" if dry else verdict(rows))
+    return 0
