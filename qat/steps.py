@@ -53,8 +53,7 @@ def search_scales(layers: dict[str, QATLayer], force: bool) -> None:
             if weight.device.type == "meta":
                 continue
             whole = full(weight)
-            # an edit through `.data` changes no version counter: the numbers themselves tell
-            token = (float(whole.double().sum()), float(whole.double().abs().sum()), tuple(whole.shape))
+            token = _numbers(whole)
             if not math.isfinite(token[1]):
                 raise QATError(f"{name}.{key} has numbers that are not finite; quantization cannot start from it")
             if not force and quantizer.__dict__.get("searched") == token:
@@ -65,6 +64,16 @@ def search_scales(layers: dict[str, QATLayer], force: bool) -> None:
                 parameter.zero_()
             quantizer.__dict__["searched"] = token
         layer._qat.cache.forget()
+
+
+def scales_fit(quantizer: Quantizer, weight: Tensor) -> None:
+    """The scales were made for `weight` (whole) as it is now: `initialize` leaves them alone until it changes."""
+    quantizer.__dict__["searched"] = _numbers(weight)
+
+
+def _numbers(whole: Tensor) -> tuple[float, float, tuple[int, ...]]:
+    """Tells whether a weight changed: an edit through `.data` changes no version counter."""
+    return float(whole.double().sum()), float(whole.double().abs().sum()), tuple(whole.shape)
 
 
 def full(tensor: Tensor) -> Tensor:

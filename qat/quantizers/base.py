@@ -82,8 +82,12 @@ class Quantizer(nn.Module):
     def build(self) -> None:
         """Create parameters and buffers eagerly: a late one would be an inference tensor, or in no optimizer."""
 
-    def init_from(self, w: Tensor) -> None:
-        """Choose the starting state from the weight (shape `layout.shape`); nothing to choose by default."""
+    def init_from(self, w: Tensor, importance: Tensor | None = None) -> None:
+        """Choose the starting state from the weight (shape `layout.shape`); nothing to choose by default.
+
+        importance: fp32 [K] or [R, K], by which the squared error of each number of the rows counts; a quantizer that
+        searches nothing has no use for it.
+        """
 
     def qparams(self, w_RK: Tensor) -> Fields:
         """Stored fields for fp32 rows [R, K] (or [T, I]); a subclass writes this."""

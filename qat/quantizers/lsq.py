@@ -87,8 +87,8 @@ class Lsq(Stored):
             self.restart()
             self.forget()
 
-    def init_from(self, w: Tensor) -> None:
-        super().init_from(w)
+    def init_from(self, w: Tensor, importance: Tensor | None = None) -> None:
+        super().init_from(w, importance)
         with torch.no_grad():
             self.theta.zero_()
 

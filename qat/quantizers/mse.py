@@ -22,18 +22,23 @@ SMALLEST_FACTOR = 0.2
 
 
 @torch.no_grad()
-def search(w_RK: Tensor, spec: QuantSpec) -> Fields:
-    """Fields [R, G] of least squared error for fp32 rows [R, K]; ties go to the widest range."""
+def search(w_RK: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> Fields:
+    """Fields [R, G] of least squared error for fp32 rows [R, K]; ties go to the widest range.
+
+    importance: fp32 [K] or [R, K], never negative, by which the squared error of each number counts (1 if None).
+    """
+    if importance is not None:
+        importance = importance.expand(w_RK.shape)
     if not spec.is_int or spec.scale == "e8m0":
-        return _search_levels(w_RK, spec)
-    fields, error = _search_integers(w_RK, spec)
+        return _search_levels(w_RK, spec, importance)
+    fields, error = _search_integers(w_RK, spec, importance)
     if not spec.signed_scale:
         return fields
-    mirrored, other = _search_integers(-w_RK, spec)
+    mirrored, other = _search_integers(-w_RK, spec, importance)
     return Fields(torch.where(other < error, -mirrored.scale, fields.scale))
 
 
-def _search_levels(w_RK: Tensor, spec: QuantSpec) -> Fields:
+def _search_levels(w_RK: Tensor, spec: QuantSpec, importance: Tensor | None) -> Fields:
     """Symmetric scales of grids for which there is no kernel of candidates."""
     whole = spec.granularity == "tensor"
     rows = w_RK.reshape(1, -1) if whole else w_RK
@@ -49,13 +54,16 @@ def _search_levels(w_RK: Tensor, spec: QuantSpec) -> Fields:
     for scale in candidates:
         fake = spec.grid.fake_quantize(rows, scale, None, None)
         # as the kernel of candidates has it: a pass in fp32 whose order could depend on the machine decides nothing
-        error = (fake.double() - rows.double()).square().reshape(*scale.shape, -1).sum(-1).float()
+        errors = (fake.double() - rows.double()).square()
+        if importance is not None:
+            errors *= importance.reshape(rows.shape)
+        error = errors.reshape(*scale.shape, -1).sum(-1).float()
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
     return Fields(best)
 
 
-def _search_integers(w_RK: Tensor, spec: QuantSpec) -> tuple[Fields, Tensor]:
+def _search_integers(w_RK: Tensor, spec: QuantSpec, importance: Tensor | None) -> tuple[Fields, Tensor]:
     """(fields, their squared errors [R, G])."""
     grid, stored = spec.int_grid, spec.scale_grid
     whole = spec.granularity == "tensor"
@@ -73,6 +81,8 @@ def _search_integers(w_RK: Tensor, spec: QuantSpec) -> tuple[Fields, Tensor]:
         stored.smallest,
         stored.largest,
         stored.name == "portable",
+        # per tensor all numbers are one row
+        importance.reshape(-1) if whole and importance is not None else importance,
     )
     return Fields(scale, offset if kind == 1 else None, offset if kind == 2 else None), error
 
@@ -105,9 +115,8 @@ class Stored(Quantizer):
                 start.zero_()
 
     @torch.no_grad()
-    def init_from(self, w: Tensor) -> None:
-        found = search(self.layout.to_rows(w).float(), self.spec)
-        self.store(found)
+    def init_from(self, w: Tensor, importance: Tensor | None = None) -> None:
+        self.store(search(self.layout.to_rows(w).float(), self.spec, importance))
 
     @torch.no_grad()
     def store(self, found: Fields) -> None:

@@ -1,0 +1,1 @@
+"""Where training starts from, beyond the scales that every quantizer finds for itself: `qat.init.gptq`."""
