@@ -27,7 +27,7 @@ def start_from_gptq(trainer: Trainer, pl_module: LightningModule, init: Init) ->
     Every rank sees its own batches; all then take the weights and scales of rank 0. Random numbers go on as if nothing
     had been drawn. Raises QATError for sharded weights and for manual optimization, whose step cannot be called.
     """
-    from qat.init import gptq
+    from qat.init.gptq import gptq
 
     _refuse(pl_module, init)
     devices = [torch.device(pl_module.device)] if torch.device(pl_module.device).type == "cuda" else []
@@ -58,9 +58,9 @@ def start_from_gptq(trainer: Trainer, pl_module: LightningModule, init: Init) ->
             for patch in silent:
                 patch.undo()
     _agree(pl_module)
-    done = [row for row in rows if row.error is not None and row.rtn]
-    gain = sum(row.error / row.rtn for row in done) / len(done) if done else 1.0  # type: ignore[operator, misc]
-    log.info("init %s: %d layers, their error %.2f of rounding to nearest", init.method, len(done), gain)
+    gains = [row.error / row.rtn for row in rows if row.error is not None and row.rtn]
+    mean = sum(gains) / len(gains) if gains else 1.0
+    log.info("init %s: %d layers, their error %.2f of rounding to nearest", init.method, len(gains), mean)
     for row in rows:
         if row.note:
             log.info("init %s: %s: %s", init.method, row.name, row.note)

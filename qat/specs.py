@@ -85,8 +85,8 @@ class QuantSpec:
             found.append(f"zero_point={self.zero_point!r} is unknown; use one of {', '.join(ZERO_POINTS)}")
         if self.zero_point == "float" and self.signed:
             found.append("zero_point='float' needs signed=false: w = code * scale + minimum counts up from the minimum")
-        if self.scale == "e8m0" and (self.zero_point == "float" or self.signed_scale):
-            found.append("scale='e8m0' stores powers of two without a sign: no minima, no signed scales")
+        if self.scale == "e8m0" and (self.zero_point != "none" or self.signed_scale):
+            found.append("scale='e8m0' stores powers of two for symmetric grids: no zero points, no signed scales")
         if self.scale not in SCALE_GRIDS:
             found.append(f"scale={self.scale!r} is unknown; use one of {', '.join(SCALE_GRIDS)}")
         return found

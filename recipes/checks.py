@@ -235,8 +235,9 @@ def _grid(slot: Slot, path: str) -> list[str]:
             found.append(f"{said} quantizer={slot.quantizer}; allowed: false, or quantizer=mse or lsq")
         if slot.scale == "e8m0":
             found.append(f"{said} scale=e8m0, which has no sign; allowed: false, or another scale")
-    if slot.scale == "e8m0" and slot.zero_point == "float":
-        found.append(f'{path}.scale: "e8m0" is not allowed with zero_point=float; allowed: {", ".join(SCALES[:-1])}')
+    if slot.scale == "e8m0" and slot.zero_point != "none":
+        said = f'{path}.scale: "e8m0" is not allowed with zero_point={slot.zero_point}'
+        found.append(f"{said}; allowed: {', '.join(SCALES[:-1])}, or zero_point=none")
     return found
 
 

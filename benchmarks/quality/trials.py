@@ -11,6 +11,7 @@ from benchmarks.quality.methods import OURS, WIDTHS, Method
 
 # of the 150 steps
 _HALF_FROZEN = {"phases": {"learn": {"steps": 75}, "settle": {"freeze_scales": True}}}
+_SIGNED = {"signed_scale": True}
 _SEARCH = OURS.varied(init="search", at={"ternary": {"init": "search"}})
 _LATENT = OURS.varied(init="gptq latent", at={"ternary": {"init": "gptq latent"}})
 
@@ -23,6 +24,7 @@ TRIALS: dict[str, Method] = {
     "dynamic absmax scales": _SEARCH.varied(quantizer="absmax"),
     "grid seq": _SEARCH.varied(at={"W2": {"grid": "seq"}}),
     "grid seq, GPTQ latents": OURS.varied(at={"W2": {"grid": "seq"}}),
+    "signed scales": OURS.varied(at={"W4": _SIGNED, "W3": _SIGNED, "W2": _SIGNED}),
     "grid ternary": OURS.varied(at={"ternary": {"grid": "ternary", "init": "search"}}),
     "integer zero point": _SEARCH.varied(
         zero_point="int", at={width: {"narrow": False} for width in WIDTHS if width != "ternary"}
