@@ -39,6 +39,7 @@ class DistillationCallback(AnyCallback):
     teacher      None: the float module itself, as it is when fit begins. A module, or the folder of a transformers
                  model of the class of the module to distil: safetensors, read from the disk alone
     module       name of the module to distil; None: the outermost child that holds all planned layers
+    hidden       weight of the error of the hidden states between blocks, added to the loss (`qat.distill.hidden`)
     validate     log `val_distill_loss` over the validation batches
 
     With manual optimization `qat.distill_loss(self)` gives the loss inside `training_step`.
@@ -54,6 +55,7 @@ class DistillationCallback(AnyCallback):
         teacher: nn.Module | str | PathLike[str] | None = None,
         module: str | None = None,
         *,
+        hidden: float = 0.0,
         validate: bool = True,
     ) -> None:
         if loss not in LOSSES:
@@ -62,10 +64,12 @@ class DistillationCallback(AnyCallback):
             raise QATError(
                 f"DistillationCallback: weight={weight} is the share of the distillation loss, above 0 and up to 1"
             )
+        if hidden < 0.0:
+            raise QATError(f"DistillationCallback: hidden={hidden} must not be negative")
         if temperature <= 0.0:
             raise QATError(f"DistillationCallback: temperature={temperature} must be positive")
         self.loss, self.weight, self.temperature, self.validate = loss, float(weight), float(temperature), validate
-        self.teacher, self.module = teacher, module
+        self.teacher, self.module, self.hidden = teacher, module, float(hidden)
         self._frozen: nn.Module | None = None
         self._fingerprint = ""
         self._tapped: nn.Module | None = None
@@ -123,7 +127,8 @@ class DistillationCallback(AnyCallback):
             raise QATError("the LightningModule itself cannot be distilled; give module= the name of the network in it")
         teacher = trainer.strategy.precision_plugin.convert_module(self._frozen)
         self._frozen = freeze(teacher.to(pl_module.device))
-        self._tap = attach(self._tapped, self._frozen, loss=self.loss, temperature=self.temperature)
+        how: dict[str, Any] = {"loss": self.loss, "temperature": self.temperature, "hidden": self.hidden}
+        self._tap = attach(self._tapped, self._frozen, **how)
 
         def step(original: Any, *args: Any, **kwargs: Any) -> Any:
             return self._step(pl_module, original, *args, **kwargs)

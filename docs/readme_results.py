@@ -1,14 +1,15 @@
 """Write README's tables and picture from results files, so that every number in README was measured.
 
-    python docs/readme_results.py            benchmarks/results/{demo,cpu,backward}.json -> README.md, docs/cost.md
-                                             and docs/results.svg
+    python docs/readme_results.py            benchmarks/results/{demo,cpu,backward,quality}.json -> README.md,
+                                             docs/{cost,quality}.md and docs/results.svg
     python docs/readme_results.py --check    change nothing; exit 1 if a page differs from what would be written
 
 A results file holds {"environment": {name: value}, "rows": [{suite, case, tool, metric, value, better}, ...]}; rows may
 have a goal too. The rows of the suite `demo` become a table with a line for each case and tool and a column for each
 metric, in the order in which they come; the picture shows the metric that is drawn (`DRAWN`). Those of the suite `cpu`
 become a second table, between markers of its own: a line for each case, a column for each tool, and in each cell the
-two metrics of `CELL`. Those of the suite `backward` become a table in docs/cost.md.
+two metrics of `CELL`. Those of the suite `backward` become a table in docs/cost.md, those of `quality` one in
+docs/quality.md: a line for each tool, a column for each case.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SUITE = "demo"
 # The first metric whose name starts so is drawn; without one, the first metric.
 DRAWN = "kl"
 FIELDS = {"suite", "case", "tool", "metric", "value", "better"}
-OPTIONAL = {"goal"}
+OPTIONAL = {"goal", "seed"}
 SPEED = ROOT / "benchmarks" / "results" / "cpu.json"
 SPEED_START, SPEED_END = "<!-- speed:start -->", "<!-- speed:end -->"
 SPEED_SUITE = "cpu"
@@ -39,6 +40,12 @@ COST = ROOT / "docs" / "cost.md"
 BACKWARD = ROOT / "benchmarks" / "results" / "backward.json"
 BACKWARD_START, BACKWARD_END = "<!-- backward:start -->", "<!-- backward:end -->"
 BACKWARD_COMMAND = "python -m benchmarks.backward"
+QUALITY_PAGE = ROOT / "docs" / "quality.md"
+QUALITY = ROOT / "benchmarks" / "results" / "quality.json"
+QUALITY_START, QUALITY_END = "<!-- quality:start -->", "<!-- quality:end -->"
+QUALITY_COMMAND = "make bench-quality"
+# the metric of the lines of tools, and what stands for the spread of its seeds
+DISTANCE, DEVIATION = "kl", "kl, standard deviation"
 ARROWS = {"lower": "↓", "higher": "↑"}
 NOTHING_YET = "Run `make demo`: it measures on your machine and writes the table, the plots and the figures."
 
@@ -129,6 +136,29 @@ def backward_block(results: Path) -> str:
     return table(*read(results, "backward"), BACKWARD_COMMAND)
 
 
+def quality_block(results: Path) -> str:
+    """What stands between the markers of docs/quality.md: means over seeds and their spread, then our ratios."""
+    if not results.is_file():
+        return f"Run `{QUALITY_COMMAND}`: it measures on your machine and writes the figures."
+    environment, rows = read(results, "quality")
+    means = [row for row in rows if "seed" not in row]
+    values = {(row["case"], row["tool"], row["metric"]): row["value"] for row in means}
+    cases = list(dict.fromkeys(row["case"] for row in means))
+    lines = ["| KL to the float model ↓ | " + " | ".join(cases) + " |", "|---|" + "---:|" * len(cases)]
+    for tool in dict.fromkeys(row["tool"] for row in means):
+        found = [[values.get((case, tool, metric)) for metric in (DISTANCE, DEVIATION)] for case in cases]
+        if all(mean is None for mean, _ in found):
+            continue
+        cells = ["" if m is None else number(m) + ("" if s is None else f" ± {s:.1g}") for m, s in found]
+        lines.append(f"| {tool} | " + " | ".join(cells) + " |")
+    for metric in dict.fromkeys(row["metric"] for row in means if " / " in row["metric"]):
+        shown = {case: value for (case, _, name), value in values.items() if name == metric}
+        cells = [f"{shown[case]:.2f}" if case in shown else "" for case in cases]
+        lines.append(f"| *qat: {metric}* | " + " | ".join(cells) + " |")
+    measured = ", ".join(f"{name} {value}" for name, value in environment.items() if not isinstance(value, dict | list))
+    return "\n".join([*lines, "", f"Measured by `{QUALITY_COMMAND}` with {measured}."])
+
+
 def drawn(rows: list[Row]) -> str:
     names = list(dict.fromkeys(row["metric"] for row in rows))
     return next((name for name in names if name.lower().startswith(DRAWN)), names[0])
@@ -162,7 +192,9 @@ def draw(rows: list[Row], path: Path) -> None:
 def replaced(readme: str, text: str, start: str = START, end: str = END) -> str:
     """A page with `text` between the markers; raises ValueError unless each marker is there once."""
     if readme.count(start) != 1 or readme.count(end) != 1 or readme.index(start) > readme.index(end):
-        raise ValueError(f"README.md and docs/cost.md need one {start} and, after it, one {end}, where these belong")
+        raise ValueError(
+            f"README.md and the pages of docs need one {start} and, after it, one {end}, where these belong"
+        )
     return f"{readme[: readme.index(start)]}{start}\n{text}\n{readme[readme.index(end) :]}"
 
 
@@ -171,9 +203,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     options = parser.parse_args(arguments)
     try:
-        old = {page: page.read_text(encoding="utf-8") for page in (README, COST)}
+        old = {page: page.read_text(encoding="utf-8") for page in (README, COST, QUALITY_PAGE)}
         first = replaced(replaced(old[README], block(RESULTS)), speed_block(SPEED), SPEED_START, SPEED_END)
-        new = {README: first, COST: replaced(old[COST], backward_block(BACKWARD), BACKWARD_START, BACKWARD_END)}
+        quality = replaced(old[QUALITY_PAGE], quality_block(QUALITY), QUALITY_START, QUALITY_END)
+        cost = replaced(old[COST], backward_block(BACKWARD), BACKWARD_START, BACKWARD_END)
+        new = {README: first, COST: cost, QUALITY_PAGE: quality}
         if options.check:
             return int(old != new)
         if RESULTS.is_file():

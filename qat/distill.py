@@ -4,6 +4,8 @@
            so that gradients keep their size (Hinton et al. 2015)
     mse    mean over tokens and features of (student - teacher)^2
     cosine mean over rows of 1 - cos(student, teacher), for embeddings
+    hidden mean over blocks of |student - teacher|^2 / |teacher - mean|^2 of what a block returns, with a weight of its
+           own beside one of the above; each block hears of its own error, not only of what the last layer makes of it
 
 `attach` swaps the class of the module to distil. Its forward then runs the teacher on the same arguments and keeps the
 loss, which `distill_loss` hands out; training code stays as it is. The teacher is no child of anything: it is in no
@@ -16,7 +18,7 @@ import copy
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,6 +58,19 @@ def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperatur
 def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """Embeddings [..., C], mask [...] -> fp32 scalar in 0..2; the temperature means nothing here."""
     return _mean(1.0 - F.cosine_similarity(student.float(), teacher.float(), dim=-1), mask)
+
+
+def hidden(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    """Outputs of the blocks [..., C], mask [...] -> fp32 scalar, 0 where they are equal and 1 for a student that knows
+    only the mean."""
+    found = []
+    for mine, theirs in zip(student, teacher, strict=True):
+        wide = theirs.float()
+        fits = mask is not None and mask.shape == wide.shape[:-1]
+        error = _mean((mine.float() - wide).square().mean(-1), mask if fits else None)
+        spread = _mean((wide - wide.mean()).square().mean(-1), mask if fits else None)
+        found.append(error / spread.clamp_min(torch.finfo(torch.float32).tiny))
+    return torch.stack(found).mean()
 
 
 LOSSES = {"kl": kl, "mse": mse, "cosine": cosine}
@@ -147,8 +162,8 @@ def fingerprint(module: nn.Module) -> str:
 class Tap:
     """Beside a module: its teacher, and the losses of the forwards since `open`."""
 
-    def __init__(self, teacher: nn.Module, loss: str, temperature: float, shifts: bool) -> None:
-        self.teacher, self.temperature, self.shifts = teacher, temperature, shifts
+    def __init__(self, teacher: nn.Module, loss: str, temperature: float, shifts: bool, hidden: float) -> None:
+        self.teacher, self.temperature, self.shifts, self.hidden = teacher, temperature, shifts, hidden
         self.loss = LOSSES[loss]
         self.listening = False
         self.kept: list[Tensor] = []
@@ -172,17 +187,37 @@ class Tap:
         return torch.stack(kept).mean()
 
     @uncompiled
-    def teach(self, args: Any, kwargs: Any) -> Tensor:
-        with torch.no_grad():
-            return output_of(self.teacher(*args, **kwargs)).detach()
+    def teach(self, args: Any, kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        """The teacher's output, and those of its blocks where they are compared."""
+        with torch.no_grad(), self.caught(self.teacher) as blocks:
+            return output_of(self.teacher(*args, **kwargs)).detach(), blocks
+
+    @contextmanager
+    def caught(self, module: nn.Module) -> Iterator[list[Tensor]]:
+        """Inside, forwards of the module's blocks leave their outputs in the list."""
+        found: list[Tensor] = []
+        if not self.hidden:
+            yield found
+            return
+        # for this forward alone: a forward that is run again in backward leaves nothing
+        hooks = [b.register_forward_hook(lambda _, __, out: found.append(output_of(out))) for b in blocks_of(module)]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @uncompiled
-    def keep(self, student: Any, teacher: Tensor, kwargs: Mapping[str, Any]) -> None:
-        mine = output_of(student)
+    def keep(
+        self, student: Any, taught: tuple[Tensor, list[Tensor]], blocks: list[Tensor], kwargs: Mapping[str, Any]
+    ) -> None:
+        mine, teacher = output_of(student), taught[0]
         if mine.shape != teacher.shape:
             raise QATError(f"the teacher's output is {list(teacher.shape)} and the student's {list(mine.shape)}")
         with torch.autocast(device_type=mine.device.type, enabled=False):
-            self.kept.append(self.loss(mine, teacher, token_mask(mine.shape, kwargs, self.shifts), self.temperature))
+            mask = token_mask(mine.shape, kwargs, self.shifts)
+            loss = self.loss(mine, teacher, mask, self.temperature)
+            self.kept.append(loss + self.hidden * hidden(blocks, taught[1], mask) if self.hidden else loss)
 
 
 class _Tapped(nn.Module):
@@ -211,9 +246,16 @@ def _tapped_class(original: type[nn.Module]) -> Any:
                 return original.forward(self, *args, **kwargs)
             # the teacher goes first, so that its activations are gone before the student's are kept; containers are
             # copied because some models write their results into the dict that they are given
-            teacher = tap.teach(*tree_map(lambda leaf: leaf, (args, kwargs)))
-            out = original.forward(self, *args, **kwargs)
-            tap.keep(out, teacher, kwargs)
+            taught = tap.teach(*tree_map(lambda leaf: leaf, (args, kwargs)))
+            if not tap.hidden:
+                out = original.forward(self, *args, **kwargs)
+                tap.keep(out, taught, [], kwargs)
+                return out
+            if torch.compiler.is_compiling():
+                raise QATError("distill.hidden looks into the network between its blocks; do not compile it")
+            with tap.caught(self) as blocks:
+                out = original.forward(self, *args, **kwargs)
+            tap.keep(out, taught, blocks, kwargs)
             return out
 
         names = {"forward": forward, "__module__": original.__module__, "__qualname__": original.__qualname__}
@@ -221,14 +263,40 @@ def _tapped_class(original: type[nn.Module]) -> Any:
     return _tapped[original]
 
 
-def attach(module: nn.Module, teacher: nn.Module, *, loss: str = "kl", temperature: float = 1.0) -> Tap:
-    """Let `module` be compared with `teacher` while the tap is open; raises QATError for an unknown loss."""
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a network: the entries of its longest outermost nn.ModuleList, or nn.Sequential of modules
+    of one class. Raises QATError if it has none."""
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and _repeats(m)]
+    inner = {id(below) for found in lists for below in found.modules() if below is not found}
+    outermost = [list(found.children()) for found in lists if id(found) not in inner]
+    if not outermost:
+        raise QATError(
+            f"distill.hidden compares what blocks return, and {type(module).__name__} has no nn.ModuleList of blocks; "
+            "set distill.hidden=0"
+        )
+    return max(outermost, key=len)
+
+
+def _repeats(container: nn.Module) -> bool:
+    entries = list(container.children())
+    return len({type(entry) for entry in entries}) == 1
+
+
+def attach(
+    module: nn.Module, teacher: nn.Module, *, loss: str = "kl", temperature: float = 1.0, hidden: float = 0.0
+) -> Tap:
+    """Let `module` be compared with `teacher` while the tap is open, with `hidden` as the weight of that loss. Raises
+    QATError for an unknown loss, and for hidden states of a network without blocks."""
     if loss not in LOSSES:
         raise QATError(f"distillation loss {loss!r} is unknown; use one of {', '.join(LOSSES)}")
     if temperature <= 0:
         raise QATError(f"distillation temperature {temperature} must be positive")
+    if hidden < 0:
+        raise QATError(f"distillation hidden={hidden} must not be negative")
+    if hidden:
+        blocks_of(module)
     detach(module)
-    tap = Tap(teacher, loss, temperature, bool(_SHIFTS.search(type(module).__name__)))
+    tap = Tap(teacher, loss, temperature, bool(_SHIFTS.search(type(module).__name__)), hidden)
     module.__class__ = _tapped_class(type(module))
     module.__dict__[_TAP] = tap
     return tap

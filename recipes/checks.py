@@ -321,6 +321,8 @@ def _distill(distill: Distill) -> list[str]:
     found += _within("distill.weight", distill.weight, "[0, 1]")
     if distill.enabled and distill.weight == 0:
         found.append("distill.weight: 0 is not allowed with enabled=true; allowed: (0, 1], or enabled=false")
+    if distill.hidden < 0:
+        found.append(f"distill.hidden: {show(distill.hidden)} is not allowed; allowed: 0 or more")
     if distill.temperature <= 0:
         found.append(f"distill.temperature: {show(distill.temperature)} is not allowed; allowed: more than 0")
     return found

@@ -122,6 +122,8 @@ class Distill:
     # kl: token-mean KL(float || quantized) of the logits | mse | cosine, for embeddings
     loss: str = "kl"
     temperature: float = 1.0
+    # Weight of the relative squared error of the hidden states between blocks, added to the loss; 0: not looked at.
+    hidden: float = 0.0
     # null: the float model itself as it was before quantization; else a folder that holds a model.
     teacher: str | None = None
 

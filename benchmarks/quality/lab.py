@@ -79,10 +79,16 @@ class Lab(ABC):
     def copy(self) -> nn.Module:
         return copy.deepcopy(self.float_model)
 
-    def loss(self, model: nn.Module, kind: str, step: int) -> Tensor:
-        """Loss of step `step` of a method's training: `ce`, the task's own, or `kl` to the float model."""
+    def loss(self, model: nn.Module, kind: str, step: int, hidden: float = 0.0) -> Tensor:
+        """Loss of step `step` of a method's training: `ce`, the task's own, or `kl` to the float model, with `hidden`
+        as the weight of the hidden states' error."""
         if kind == "ce":
             return self._supervised(model, 1, step)
+        if hidden:
+            tap = distill.tap_of(model) or distill.attach(model, self.float_model, loss=kind, hidden=hidden)
+            with tap.open():
+                model(self.batch(1, step))
+            return tap.take()
         output = distill.output_of(model(self.batch(1, step)))
         return distill.LOSSES[kind](output, self.teacher[step])
 

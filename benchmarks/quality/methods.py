@@ -15,6 +15,7 @@ from benchmarks.peers import Builder
 from benchmarks.quality import peers
 from benchmarks.quality.lab import SPLITS, Lab, Scores, exported, levels, train
 from benchmarks.schemes import Slot, recipe
+from qat import distill
 from qat.errors import QATError
 from qat.recipes import Train
 from qat.steps import learned_scales
@@ -50,6 +51,7 @@ class Method:
     slot       words of the weight's slot at every width, `at` those that replace them at one width. The word `init` is
                ours alone: how the weights start, "search" (as they are), "gptq" or "gptq latent"
     recipe     more words of the recipe, like phases
+    hidden     weight of the hidden states' error (`qat.distill.hidden`)
     scale_rate learning rate of learned scales over that of the weights
     judge      the score by which the learning rate is chosen
     """
@@ -59,18 +61,27 @@ class Method:
     slot: Slot = field(default_factory=dict)
     at: dict[str, Slot] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    hidden: float = 0.0
     scale_rate: float = 1.0
     judge: str = "kl"
 
     def varied(self, at: dict[str, Slot] | None = None, **slot: Any) -> Method:
         """With other words: at every width, or at some."""
-        return replace(self, slot={**self.slot, **slot}, at={**self.at, **(at or {})})
+        kept = {width: {k: v for k, v in words.items() if k not in slot} for width, words in self.at.items()}
+        return replace(self, slot={**self.slot, **slot}, at={**kept, **(at or {})})
 
 
 OURS = Method(
     "kl",
     slot={"quantizer": "lsq", "init": "gptq latent"},
-    at={"ternary": {"init": "search"}},
+    at={
+        "W4": {"signed_scale": True},
+        "W3": {"signed_scale": True},
+        "W2": {"grid": "seq"},
+        "ternary": {"init": "search"},
+    },
+    # one for each block of the case
+    hidden=3.0,
 )
 CONTROL = "float trained on"
 GPTQ = "GPTQ"
@@ -132,7 +143,9 @@ def measured(name: str, method: Method, width: str, lab: Lab, rate: float | None
 def _train(lab: Lab, method: Method, model: nn.Module, rate: float | None, **more: Any) -> None:
     if method.loss is not None and rate is not None:
         loss = method.loss
-        train(model, Train(lr=rate, max_steps=lab.steps), lambda step: lab.loss(model, loss, step), **more)
+        schedule = Train(lr=rate, max_steps=lab.steps)
+        train(model, schedule, lambda step: lab.loss(model, loss, step, method.hidden), **more)
+        distill.detach(model)
 
 
 def _peers(lab: Lab, method: Method, width: str, rate: float | None) -> nn.Module:

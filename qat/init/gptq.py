@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qat.codes import stays
 from qat.errors import QATError
+from qat.grids import LevelGrid
 from qat.init.obs import errors_of, hat, solve
 from qat.init.walk import Forward, Shared, call_model, walk
 from qat.layers import QATLayer, weight_quantizers
@@ -221,13 +222,16 @@ def _rows(fields: Fields, rows: slice) -> Fields:
 
 @torch.no_grad()
 def within(latents_RK: Tensor, fields: Fields, spec: QuantSpec) -> Tensor:
-    """Latents fp32 [R, K], kept within the ends of the grid.
+    """Latents fp32 [R, K], kept where their gradient flows: within the ends of the grid, or of the range of a table.
 
-    Beyond them the gradient of a weight whose scale is kept is zero: what GPTQ left there would never move again,
-    however near. (Kept up to 0.49 of a step beyond, as one might to lose less of the distance, it would be as stuck.)
+    Beyond, the gradient of a weight whose scale is kept is zero: what GPTQ left there would never move again, however
+    near. (Kept up to 0.49 of a step beyond, as one might to lose less of the distance, it would be as stuck.)
     """
-    infinite = torch.full_like(fields.scale, torch.inf)
-    ends = hat(-infinite, fields, spec), hat(infinite, fields, spec)
+    if isinstance(spec.grid, LevelGrid):
+        ends = spec.grid.low * fields.scale, spec.grid.high * fields.scale
+    else:
+        infinite = torch.full_like(fields.scale, torch.inf)
+        ends = hat(-infinite, fields, spec), hat(infinite, fields, spec)
     # a scale may be negative
     low, high = torch.minimum(*ends), torch.maximum(*ends)
     inset = (high - low) * _INSET

@@ -74,7 +74,8 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> dict[str, Any]:
     callbacks: list[Any] = [watch]
     if recipe.distill.enabled and recipe.train.task != "sentence_embedding":
         wanted = recipe.distill
-        callbacks.append(DistillationCallback(wanted.loss, wanted.weight, wanted.temperature, wanted.teacher))
+        words = wanted.loss, wanted.weight, wanted.temperature, wanted.teacher
+        callbacks.append(DistillationCallback(*words, hidden=wanted.hidden))
     if recipe.train.logger != "none":
         callbacks.append(QuantizationMonitor())
     callbacks.append(curve)

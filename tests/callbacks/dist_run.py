@@ -181,6 +181,20 @@ def fsdp2_inside() -> None:
     done("fsdp2_inside", said=said, losses=mean_losses(module))
 
 
+def init() -> None:
+    """Ranks see other batches and start from the same weights; shards are refused."""
+    start = recipe(init={"method": "gptq_latent", "batches": 2})
+    module, before = Halves(), Halves().net.a.weight
+    trainer(FOLDER, QATCallback(start), devices=2, strategy="ddp", max_steps=1).fit(module, data())
+    same_on_all_ranks(module)
+    assert float((module.net.a.weight - before).abs().max()) > 0.05, "a step of training alone moves less"
+    try:
+        trainer(FOLDER, QATCallback(start), devices=2, strategy=parallel(True), max_steps=1).fit(Sharded(), data())
+        raise AssertionError("GPTQ of sharded weights has to be refused")
+    except qat.QATError as refused:
+        done("init", said=str(refused))
+
+
 def alive_after_forward(module: torch.nn.Module, x: Tensor) -> int:
     """Bytes of the storages that autograd keeps and that are allocated when the forward is over, weights' included."""
     kept: list[Tensor] = []
@@ -234,7 +248,7 @@ def fsdp2_codes() -> None:
 
 for case in CASES:
     run = {"ddp": ddp, "fsdp2": fsdp2, "fsdp2_resume": fsdp2_resume, "fsdp2_inside": fsdp2_inside}
-    (run | {"fsdp2_codes": fsdp2_codes})[case]()
+    (run | {"fsdp2_codes": fsdp2_codes, "init": init})[case]()
 
 # All is written. Leave without the interpreter's shutdown, in which gloo's threads may still be running: on a busy
 # machine that ended a finished rank with "terminate called without an active exception".

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import qat
 from qat.callbacks import DistillationCallback, QATCallback
-from qat.distill import cosine, fingerprint, kl, mse, tap_of, token_mask
+from qat.distill import blocks_of, cosine, fingerprint, hidden, kl, mse, tap_of, token_mask
 from qat.state import require_state
 
 
@@ -52,6 +52,35 @@ def test_masked_positions_count_for_nothing_even_if_nan() -> None:
     found = kl(s, t, mask)
     assert torch.equal(found, wanted)
     assert kl(s, t, torch.zeros_like(mask)) == 0.0
+
+
+def test_hidden_states(tmp_path: Path) -> None:
+    """By hand, with hooks that are gone afterwards, through the callback. Mutations: the teacher's blocks taken for the
+    student's, the mask left out: red."""
+    g = torch.Generator().manual_seed(0)
+    theirs = [torch.randn(2, 3, 4, generator=g) for _ in range(2)]
+    mine = [t + 0.1 * torch.randn(t.shape, generator=g) for t in theirs]
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    pairs = [(a, b, (b - b.mean())[mask].square().mean()) for a, b in zip(mine, theirs, strict=True)]
+    wanted = sum(float((a - b)[mask].square().mean() / spread) for a, b, spread in pairs)
+    assert float(hidden(mine, theirs, mask)) == pytest.approx(wanted / 2)
+    assert float(hidden(theirs, theirs)) == 0.0
+
+    def first_loss(weight: float) -> float:
+        module = Language()
+        callback = DistillationCallback(hidden=weight)
+        slot = {"group_size": 32, "bits": 2}
+        t = trainer(tmp_path, QATCallback(recipe(slot)), callback, max_steps=1, limit_val_batches=0)
+        t.fit(module, tokens())
+        assert not any(block._forward_hooks for block in blocks_of(module))
+        return float(t.callback_metrics["train_distill_loss"])
+
+    without, once, twice = (first_loss(weight) for weight in (0.0, 1.0, 2.0))
+    assert once - without > 0.01 and twice - once == pytest.approx(once - without, rel=1e-4)
+    with pytest.raises(qat.QATError, match=r"Net has no nn.ModuleList"):
+        trainer(tmp_path, QATCallback(recipe()), DistillationCallback(hidden=1.0), max_steps=1).fit(Lit(), data())
+    with pytest.raises(qat.QATError, match="must not be negative"):
+        DistillationCallback(hidden=-1.0)
 
 
 def test_token_mask() -> None:

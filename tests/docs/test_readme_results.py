@@ -35,7 +35,10 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(generator, "SPEED", tmp_path / "cpu.json")
     monkeypatch.setattr(generator, "COST", tmp_path / "cost.md")
     monkeypatch.setattr(generator, "BACKWARD", tmp_path / "backward.json")
+    monkeypatch.setattr(generator, "QUALITY_PAGE", tmp_path / "quality.md")
+    monkeypatch.setattr(generator, "QUALITY", tmp_path / "quality.json")
     (tmp_path / "cost.md").write_text(f"a\n{generator.BACKWARD_START}\nold 9\n{generator.BACKWARD_END}\nz\n")
+    (tmp_path / "quality.md").write_text(f"b\n{generator.QUALITY_START}\nold 6\n{generator.QUALITY_END}\ny\n")
     second = f"{generator.SPEED_START}\nold 8\n{generator.SPEED_END}"
     (tmp_path / "README.md").write_text(f"before\n{generator.START}\nold 7\n{generator.END}\n{second}\nafter\n")
     (tmp_path / "demo.json").write_text(json.dumps(RESULTS))
@@ -49,6 +52,9 @@ def test_readme_is_what_the_results_file_says() -> None:
     assert readme == generator.replaced(readme, second, generator.SPEED_START, generator.SPEED_END), "run `make docs`"
     cost, third = generator.COST.read_text(encoding="utf-8"), generator.backward_block(generator.BACKWARD)
     assert cost == generator.replaced(cost, third, generator.BACKWARD_START, generator.BACKWARD_END), "run `make docs`"
+    quality, fourth = generator.QUALITY_PAGE.read_text(encoding="utf-8"), generator.quality_block(generator.QUALITY)
+    marks = generator.QUALITY_START, generator.QUALITY_END
+    assert quality == generator.replaced(quality, fourth, *marks), "run `make docs`"
     assert generator.RESULTS.is_file() == generator.PICTURE.is_file()
 
 
@@ -107,6 +113,31 @@ def test_writes_the_third_table_on_its_page(tree: Path) -> None:
     assert generator.main(["--check"]) == 0
     (tree / "backward.json").unlink()
     assert generator.main(["--check"]) == 1
+
+
+def test_writes_the_fourth_table_on_its_page(tree: Path) -> None:
+    """A line for each tool with mean and spread, then our ratios. Mutation: rows of single seeds taken along."""
+
+    def row(case: str, tool: str, metric: str, value: float, **more: object) -> dict[str, object]:
+        fields = {"suite": "quality", "case": case, "tool": tool, "metric": metric, "value": value}
+        return {**fields, "better": "lower", **more}
+
+    rows = [
+        row("W4", "GPTQ", "kl", 0.5),
+        row("W4", "GPTQ", "kl", 0.77, seed=1),
+        row("W4", "GPTQ", "kl, standard deviation", 0.0123),
+        row("W2", "qat", "kl", 0.25),
+        row("W2", "qat", "nll_gap", 0.1),
+        row("W2", "qat", "kl / GPTQ", 0.505),
+        row("W2", "no distance", "nll_gap", 0.1),
+    ]
+    (tree / "quality.json").write_text(json.dumps({"environment": {"threads": 1}, "rows": rows}))
+    assert generator.main([]) == 0
+    page = (tree / "quality.md").read_text(encoding="utf-8")
+    assert "| KL to the float model ↓ | W4 | W2 |" in page and "old 6" not in page
+    assert "| GPTQ | 0.5 ± 0.01 |  |" in page and "| qat |  | 0.25 |" in page and "no distance" not in page
+    assert "| *qat: kl / GPTQ* |  | 0.51 |" in page or "| *qat: kl / GPTQ* |  | 0.50 |" in page
+    assert generator.main(["--check"]) == 0
 
 
 def test_means_say_of_how_many_seeds() -> None:
