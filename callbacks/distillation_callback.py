@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class DistillationCallback(AnyCallback):
     """Trains on `weight` x distillation loss + (1 - `weight`) x the step's own loss; needs a QATCallback, in any order.
 
-    loss         kl (logits) | mse | cosine (embeddings); see `qat.distill`
+    loss         kl | kl_topk | cakld (logits) | mse | cosine (embeddings); see `qat.distill`
     temperature  of both softmaxes, kl only
     teacher      None: the float module itself, as it is when fit begins. A module, or the folder of a transformers
                  model of the class of the module to distil: safetensors, read from the disk alone

@@ -2,6 +2,10 @@
 
     kl     mean over tokens of sum_c p_c (log p_c - log q_c), p teacher, q student, both softmax(logits / T), times T^2
            so that gradients keep their size (Hinton et al. 2015)
+    kl_topk   the same over the teacher's TOP_K likeliest classes and one for all the rest, which needs no second
+           [..., C] of probabilities: for vocabularies above 100,000
+    cakld  b KL(q || p) + (1 - b) KL(p || q) with b the teacher's mean confidence (BitDistiller, Du et al. 2024), here
+           the mean of max p over the batch: a teacher that is sure is followed where it is sure
     mse    mean over tokens and features of (student - teacher)^2
     cosine mean over rows of 1 - cos(student, teacher), for embeddings
     hidden mean over blocks of |student - teacher|^2 / |teacher - mean|^2 of what a block returns, with a weight of its
@@ -38,6 +42,8 @@ _OUTPUTS = ("logits", "sentence_embedding", "pooler_output", "last_hidden_state"
 # Classes whose logits at position t are compared with the label at t + 1.
 _SHIFTS = re.compile(r"(CausalLM|LMHeadModel|LMHead)$")
 _SAMPLED = 256
+# of the likeliest classes, `kl_topk` tells this many apart
+TOP_K = 256
 
 
 # ---- losses --------------------------------------------------------------------------------------------------------
@@ -48,6 +54,28 @@ def kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature
     p = F.log_softmax(teacher.float() / temperature, -1)
     q = F.log_softmax(student.float() / temperature, -1)
     return _mean((p.exp() * (p - q)).sum(-1), mask) * temperature**2
+
+
+def kl_topk(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """Logits [..., C], mask [...] -> fp32 scalar, at most `kl` and equal to it for C <= TOP_K."""
+    wide, mine = teacher.float() / temperature, student.float() / temperature
+    top, at = wide.topk(min(TOP_K, wide.shape[-1]), -1)
+    p = top - wide.logsumexp(-1, keepdim=True)
+    q = mine.gather(-1, at) - mine.logsumexp(-1, keepdim=True)
+    found = (p.exp() * (p - q)).sum(-1)
+    if top.shape[-1] < wide.shape[-1]:
+        rest_p, rest_q = (torch.log1p(-t.exp().sum(-1).clamp(max=1.0 - 1e-6)) for t in (p, q))
+        found = found + rest_p.exp() * (rest_p - rest_q)
+    return _mean(found, mask) * temperature**2
+
+
+def cakld(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """Logits [..., C], mask [...] -> fp32 scalar, >= 0 up to rounding."""
+    p = F.log_softmax(teacher.float() / temperature, -1)
+    q = F.log_softmax(student.float() / temperature, -1)
+    sure = _mean(p.amax(-1).exp(), mask)
+    backward, forward = (q.exp() * (q - p)).sum(-1), (p.exp() * (p - q)).sum(-1)
+    return (sure * _mean(backward, mask) + (1.0 - sure) * _mean(forward, mask)) * temperature**2
 
 
 def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -73,7 +101,7 @@ def hidden(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | 
     return torch.stack(found).mean()
 
 
-LOSSES = {"kl": kl, "mse": mse, "cosine": cosine}
+LOSSES = {"kl": kl, "kl_topk": kl_topk, "cakld": cakld, "mse": mse, "cosine": cosine}
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -119,7 +119,8 @@ class Distill:
     enabled: bool = False
     # Share of the distillation loss, 0..1; the rest is the loss of the task. 1 is distillation alone.
     weight: float = 1.0
-    # kl: token-mean KL(float || quantized) of the logits | mse | cosine, for embeddings
+    # kl: token-mean KL(float || quantized) of the logits | kl_topk: of the likeliest 256 and the rest, for large
+    # vocabularies | cakld: both directions, mixed by the float model's confidence | mse | cosine, for embeddings
     loss: str = "kl"
     temperature: float = 1.0
     # Weight of the relative squared error of the hidden states between blocks, added to the loss; 0: not looked at.

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qat
+from qat import distill
 from qat.callbacks import DistillationCallback, QATCallback
-from qat.distill import blocks_of, cosine, fingerprint, hidden, kl, mse, tap_of, token_mask
+from qat.distill import blocks_of, cakld, cosine, fingerprint, hidden, kl, kl_topk, mse, tap_of, token_mask
 from qat.state import require_state
 
 
@@ -38,9 +39,31 @@ def test_losses_by_hand() -> None:
     torch.testing.assert_close(
         kl(s, t), (F.softmax(t, -1) * (F.softmax(t, -1) / F.softmax(s, -1)).log()).sum(-1).mean().float()
     )
+    sure = F.softmax(t, -1).amax(-1)[mask].mean()
+    one, other = (
+        (F.softmax(a, -1) * (F.log_softmax(a, -1) - F.log_softmax(b, -1))).sum(-1)[mask].mean()
+        for a, b in ((s, t), (t, s))
+    )
+    torch.testing.assert_close(cakld(s, t, mask), (sure * one + (1 - sure) * other).float())
     torch.testing.assert_close(mse(s, t, mask), ((s - t) ** 2).mean(-1)[mask].mean().float())
     angles = (s * t).sum(-1) / (s.norm(dim=-1) * t.norm(dim=-1))
     torch.testing.assert_close(cosine(s, t, mask), (1 - angles)[mask].mean().float())
+
+
+def test_kl_of_the_likeliest_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the three likeliest and the rest. Mutation: the rest left out."""
+    torch.manual_seed(1)
+    s, t = torch.randn(4, 7, 20), 3 * torch.randn(4, 7, 20)
+    assert torch.allclose(kl_topk(s, t), kl(s, t), atol=1e-6)
+    monkeypatch.setattr(distill, "TOP_K", 3)
+    p, q = F.softmax(t / 2, -1), F.softmax(s / 2, -1)
+    at = p.topk(3, -1).indices
+    p, q = (torch.cat([r.gather(-1, at), 1 - r.gather(-1, at).sum(-1, keepdim=True)], -1) for r in (p, q))
+    found = kl_topk(s, t, temperature=2.0)
+    torch.testing.assert_close(found, 4 * (p * (p / q).log()).sum(-1).mean(), rtol=1e-4, atol=1e-5)
+    assert 0 < float(found) < float(kl(s, t, temperature=2.0))
+    # a teacher that is sure leaves nothing for the rest
+    assert bool(torch.isfinite(kl_topk(s, 1000.0 * t)))
 
 
 def test_masked_positions_count_for_nothing_even_if_nan() -> None:

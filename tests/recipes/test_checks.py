@@ -137,7 +137,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "quantizer=absmax or minmax",
     ),
     # distillation, export, training
-    ({"distill": {"loss": "ce"}}, 'distill.loss: "ce" is not allowed', "allowed: kl, mse, cosine"),
+    ({"distill": {"loss": "ce"}}, 'distill.loss: "ce" is not allowed', "allowed: kl, kl_topk, cakld, mse, cosine"),
     ({"distill": {"weight": 1.5}}, "distill.weight: 1.5 is not allowed", "allowed: [0, 1]"),
     ({"distill": {"enabled": True, "weight": 0}}, "distill.weight: 0 is not allowed with enabled=true", "(0, 1]"),
     ({"distill": {"temperature": 0}}, "distill.temperature: 0", "allowed: more than 0"),

@@ -50,6 +50,19 @@ def test_a_language_model_from_recipe_to_verified_file(llama_folder: Path, text_
     assert "<svg" in (out / "report.html").read_text() and (out / "checkpoints" / "last.ckpt").is_file()
 
 
+def test_gptq_without_training(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """phases.qat.steps=0: the file holds GPTQ's integers, with scales of either sign; figures are of them."""
+    found = {}
+    for method in ("none", "gptq"):
+        words = (f"init.method={method}", "phases.qat.steps=0", "rules.linears.weight.signed_scale=true")
+        out = tmp_path / method
+        results = run(recipe_for("w4_gguf_q4_0", llama_folder, text_file, out, *words))
+        assert qat.Receipt.load(out / "export").step == 0
+        assert sum(row.spec != "float" for row in qat.verify(results["exports"]["gguf"])) == 9
+        found[method] = results["metrics"]["val/loss"]
+    assert found["none"] != found["gptq"]
+
+
 def test_a_dry_run_writes_nothing(
     llama_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
