@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,17 +26,16 @@ log = logging.getLogger(__name__)
 def start_from_gptq(trainer: Trainer, pl_module: LightningModule, init: Init) -> None:
     """`qat.init.gptq` with the first `init.batches` batches of the training data.
 
-    Every rank sees its own batches; all then take the weights and scales of rank 0. Random numbers go on as if nothing
-    had been drawn. Raises QATError for sharded weights and for manual optimization, whose step cannot be called.
+    Every rank sees its own batches; all then take the weights and scales of rank 0. Random numbers and metrics go on as
+    if nothing had happened; a data set that can be read only once has lost these batches. Raises QATError for sharded
+    weights and for manual optimization, whose step cannot be called.
     """
     from qat.init.gptq import gptq
 
     _refuse(pl_module, init)
     devices = [torch.device(pl_module.device)] if torch.device(pl_module.device).type == "cuda" else []
     with torch.random.fork_rng(devices):
-        loader: Any = trainer.train_dataloader
-        batches = [trainer.strategy.batch_to_device(b) for b in itertools.islice(iter(loader), init.batches)]
-
+        batches = list(_batches(trainer, pl_module, init.batches))
         # `def training_step(self, batch)` is allowed too
         indexed = len(inspect.signature(pl_module.training_step).parameters) > 1
 
@@ -44,6 +45,7 @@ def start_from_gptq(trainer: Trainer, pl_module: LightningModule, init: Init) ->
                 pl_module.training_step(batch, 0) if indexed else pl_module.training_step(batch)
 
         silent = [Patch(pl_module, name, _nothing) for name in ("log", "log_dict")]
+        metrics = [(m, copy.deepcopy(m.__dict__)) for m in pl_module.modules() if hasattr(m, "metric_state")]
         try:
             rows = gptq(
                 pl_module,
@@ -57,6 +59,8 @@ def start_from_gptq(trainer: Trainer, pl_module: LightningModule, init: Init) ->
         finally:
             for patch in silent:
                 patch.undo()
+            for metric, state in metrics:
+                metric.__dict__.update(state)
     _agree(pl_module)
     gains = [row.error / row.rtn for row in rows if row.error is not None and row.rtn]
     mean = sum(gains) / len(gains) if gains else 1.0
@@ -64,6 +68,16 @@ def start_from_gptq(trainer: Trainer, pl_module: LightningModule, init: Init) ->
     for row in rows:
         if row.note:
             log.info("init %s: %s: %s", init.method, row.name, row.note)
+
+
+def _batches(trainer: Trainer, pl_module: LightningModule, count: int) -> Iterator[Any]:
+    """The first batches of the training data, as the fit loop hands them to `training_step`."""
+    combined: Any = trainer.fit_loop._combined_loader
+    again = type(combined)(trainer.train_dataloader, combined._mode)
+    for batch, _, number in itertools.islice(iter(again), count):
+        ready = trainer.precision_plugin.convert_input(batch)
+        ready = pl_module._on_before_batch_transfer(ready, dataloader_idx=number)
+        yield trainer.strategy.batch_to_device(ready, dataloader_idx=number)
 
 
 def _refuse(pl_module: LightningModule, init: Init) -> None:

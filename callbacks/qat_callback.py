@@ -80,7 +80,7 @@ class QATCallback(AnyCallback):
         self.plan: Plan | None = None
         self._patches: list[Patch] = []
         self._counter: Any = None
-        self._warned = self._told = self._swapped = False
+        self._warned = self._told = self._swapped = self._calibrating = False
 
     # ---- structure -------------------------------------------------------------------------------------------------
 
@@ -126,6 +126,8 @@ class QATCallback(AnyCallback):
 
     def _rehearsed(self, pl_module: LightningModule, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
         """The first call of one step; then the instance has its own method back."""
+        if self._calibrating:
+            return original(*args, **kwargs)
         for patch in [patch for patch in self._patches if patch.name == name]:
             patch.undo()
             self._patches.remove(patch)
@@ -154,6 +156,11 @@ class QATCallback(AnyCallback):
     # ---- start -----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.recipe.trains_nothing and (trainer.min_steps or trainer.min_epochs):
+            raise QATError(
+                f"recipe {self.recipe.name!r} trains nothing (its last phase has steps: 0), but the trainer has "
+                f"min_steps={trainer.min_steps} and min_epochs={trainer.min_epochs}; leave both out"
+            )
         _refuse_optimizers(trainer, pl_module)
         low = [name for name, w in planned_weights(pl_module).items() if w.dtype in (torch.bfloat16, torch.float16)]
         if low and not self._warned:
@@ -169,13 +176,17 @@ class QATCallback(AnyCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = require_state(pl_module)
         forget_observed(pl_module)
-        if state.record.step == 0:
-            # from these weights the run starts; a checkpoint of a later step brings its own scales
+        if state.record.step == 0 and not (state.restored and state.record.initialized):
+            # from these weights the run starts; a checkpoint brings its own scales
             qat.initialize(pl_module)
             if self.recipe.init.method != "none":
-                start_from_gptq(trainer, pl_module, self.recipe.init)
+                self._calibrating = True
+                try:
+                    start_from_gptq(trainer, pl_module, self.recipe.init)
+                finally:
+                    self._calibrating = False
         qat.apply_schedule(pl_module)
-        if list(self.recipe.phases.values())[-1].steps == 0:
+        if self.recipe.trains_nothing:
             # nothing is to be trained: Lightning looks at this before the first batch
             trainer.should_stop = True
         _share_record(trainer, pl_module)

@@ -160,7 +160,8 @@ def train(
         print(results["plan"].rstrip())
         print(f"export rehearsed and read back: {', '.join(loaded.export.targets) or 'the recipe has no target'}")
         return
-    table = Table("figure", "value", title=f"{loaded.name}, {loaded.train.max_steps} steps", title_justify="left")
+    steps = 0 if loaded.trains_nothing else loaded.train.max_steps
+    table = Table("figure", "value", title=f"{loaded.name}, {steps} steps", title_justify="left")
     for name, value in results["metrics"].items():
         table.add_row(name, f"{value:.5g}")
     _show(table)

@@ -33,7 +33,9 @@ from torch.utils._pytree import tree_map
 
 from qat.errors import QATError
 from qat.fake_quant_kernels.dispatch import uncompiled
+from qat.layers import original_class
 from qat.prepare import unprepare
+from qat.state import CHILD
 
 _TAP = "_qat_tap"
 _IGNORED_LABEL = -100
@@ -94,9 +96,10 @@ def hidden(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | 
     found = []
     for mine, theirs in zip(student, teacher, strict=True):
         wide = theirs.float()
-        fits = mask is not None and mask.shape == wide.shape[:-1]
-        error = _mean((mine.float() - wide).square().mean(-1), mask if fits else None)
-        spread = _mean((wide - wide.mean()).square().mean(-1), mask if fits else None)
+        fits = mask if mask is not None and mask.shape == wide.shape[:-1] else None
+        error = _mean((mine.float() - wide).square().mean(-1), fits)
+        middle = _mean(wide.mean(-1), fits)
+        spread = _mean((wide - middle).square().mean(-1), fits)
         found.append(error / spread.clamp_min(torch.finfo(torch.float32).tiny))
     return torch.stack(found).mean()
 
@@ -190,8 +193,12 @@ def fingerprint(module: nn.Module) -> str:
 class Tap:
     """Beside a module: its teacher, and the losses of the forwards since `open`."""
 
-    def __init__(self, teacher: nn.Module, loss: str, temperature: float, shifts: bool, hidden: float) -> None:
-        self.teacher, self.temperature, self.shifts, self.hidden = teacher, temperature, shifts, hidden
+    def __init__(
+        self, teacher: nn.Module, loss: str, temperature: float, shifts: bool, hidden: float, blocks: list[str]
+    ) -> None:
+        self.teacher, self.temperature, self.shifts = teacher, temperature, shifts
+        # its weight, and the names of the blocks in both networks
+        self.hidden, self.blocks = hidden, blocks
         self.loss = LOSSES[loss]
         self.listening = False
         self.kept: list[Tensor] = []
@@ -228,7 +235,8 @@ class Tap:
             yield found
             return
         # for this forward alone: a forward that is run again in backward leaves nothing
-        hooks = [b.register_forward_hook(lambda _, __, out: found.append(output_of(out))) for b in blocks_of(module)]
+        blocks = [module.get_submodule(name) for name in self.blocks]
+        hooks = [block.register_forward_hook(lambda _, __, out: found.append(output_of(out))) for block in blocks]
         try:
             yield found
         finally:
@@ -244,6 +252,11 @@ class Tap:
             raise QATError(f"the teacher's output is {list(teacher.shape)} and the student's {list(mine.shape)}")
         with torch.autocast(device_type=mine.device.type, enabled=False):
             mask = token_mask(mine.shape, kwargs, self.shifts)
+            if self.hidden and not len(blocks) == len(taught[1]) > 0:
+                raise QATError(
+                    f"distill.hidden: {len(blocks)} blocks of the student returned something and {len(taught[1])} of "
+                    "the teacher; the two have to be of one architecture, or set distill.hidden=0"
+                )
             loss = self.loss(mine, teacher, mask, self.temperature)
             self.kept.append(loss + self.hidden * hidden(blocks, taught[1], mask) if self.hidden else loss)
 
@@ -291,23 +304,25 @@ def _tapped_class(original: type[nn.Module]) -> Any:
     return _tapped[original]
 
 
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a network: the entries of its longest outermost nn.ModuleList, or nn.Sequential of modules
-    of one class. Raises QATError if it has none."""
-    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and _repeats(m)]
-    inner = {id(below) for found in lists for below in found.modules() if below is not found}
-    outermost = [list(found.children()) for found in lists if id(found) not in inner]
+def blocks_of(module: nn.Module) -> list[str]:
+    """Names of the repeated blocks of a network: the entries of its longest outermost nn.ModuleList, or nn.Sequential
+    of modules of one class. Raises QATError if it has none."""
+    lists = {n: m for n, m in module.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and _repeats(m)}
+    outermost = [
+        name for name in lists if not any(name.startswith(f"{other}.") or other == "" < name for other in lists)
+    ]
     if not outermost:
         raise QATError(
             f"distill.hidden compares what blocks return, and {type(module).__name__} has no nn.ModuleList of blocks; "
             "set distill.hidden=0"
         )
-    return max(outermost, key=len)
+    name = max(outermost, key=lambda found: len(lists[found]._modules))
+    return [f"{name}.{entry}".lstrip(".") for entry, _ in lists[name].named_children() if entry != CHILD]
 
 
 def _repeats(container: nn.Module) -> bool:
-    entries = list(container.children())
-    return len({type(entry) for entry in entries}) == 1
+    classes = {original_class(entry) for name, entry in container.named_children() if name != CHILD}
+    return len(classes) == 1
 
 
 def attach(
@@ -321,10 +336,12 @@ def attach(
         raise QATError(f"distillation temperature {temperature} must be positive")
     if hidden < 0:
         raise QATError(f"distillation hidden={hidden} must not be negative")
-    if hidden:
-        blocks_of(module)
+    blocks = blocks_of(module) if hidden else []
+    missing = next((name for name in blocks if name not in dict(teacher.named_modules())), None)
+    if missing is not None:
+        raise QATError(f"distill.hidden: the teacher has no {missing}; it has to be of the student's architecture")
     detach(module)
-    tap = Tap(teacher, loss, temperature, bool(_SHIFTS.search(type(module).__name__)), hidden)
+    tap = Tap(teacher, loss, temperature, bool(_SHIFTS.search(type(module).__name__)), hidden, blocks)
     module.__class__ = _tapped_class(type(module))
     module.__dict__[_TAP] = tap
     return tap

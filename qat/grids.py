@@ -190,8 +190,13 @@ class IntGrid(Grid):
         return affine.vjp(grad, w, scale, zero, minimum, self.qmin, self.qmax, identity, *needs, spend)
 
 
-class _Scaled(Grid):
+class ScaledGrid(Grid):
     """Numbers times a scale and nothing else: `_encode`, `_decode`, `_fake` and `_vjp` are those of a kernel file."""
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Between which the weight's gradient is passed on, in units of s."""
+        return -self.reach, self.reach
 
     def _encode(self, w: Tensor, scale: Tensor, packed: bool) -> Tensor:
         raise NotImplementedError
@@ -247,7 +252,7 @@ class _Scaled(Grid):
 
 class _Fake(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, w: Tensor, scale: Tensor, grid: _Scaled, identity: bool) -> Tensor:
+    def forward(ctx: Any, w: Tensor, scale: Tensor, grid: ScaledGrid, identity: bool) -> Tensor:
         ctx.save_for_backward(w, scale)
         ctx.how = grid, identity
         return grid._fake(w, scale)
@@ -263,7 +268,7 @@ class _Fake(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class LevelGrid(_Scaled):
+class LevelGrid(ScaledGrid):
     """A sorted table of levels; a midpoint belongs to the lower one. The weight's gradient is passed on within
     low..high, in units of s. peak: `reach`."""
 
@@ -277,6 +282,10 @@ class LevelGrid(_Scaled):
     @property
     def reach(self) -> float:
         return self.peak
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self.low, self.high
 
     def _encode(self, w: Tensor, scale: Tensor, packed: bool) -> Tensor:
         return codebook.encode(w, scale, _table(self.levels, w.device), packed)  # type: ignore[no-any-return]
@@ -293,7 +302,7 @@ class LevelGrid(_Scaled):
 
 
 @dataclass(frozen=True)
-class FloatGrid(_Scaled):
+class FloatGrid(ScaledGrid):
     """Small floats: e4m3fn and e5m2 in torch's dtypes, e2m1 as uint8 with the sign in bit 3."""
 
     kind: str

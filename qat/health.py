@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.convert import convert
+from qat.grids import ScaledGrid
 from qat.qtensor import QTensor
 from qat.steps import full
 
@@ -66,14 +67,24 @@ def look(model: nn.Module) -> dict[str, Look]:
 
 
 def _look(q: QTensor, w: Tensor) -> Look:
-    error = q.layout.to_rows(w).float() - q.layout.to_rows(q.dequantize(torch.float32))
+    rows = q.layout.to_rows(w).float()
+    error = rows - q.layout.to_rows(q.dequantize(torch.float32))
     groups = q.scale.shape[-1]
-    steps = error.reshape(*q.scale.shape[:-1], groups, -1) / q.scale.float().unsqueeze(-1)
+
+    def in_steps(t: Tensor) -> Tensor:
+        return t.reshape(*q.scale.shape[:-1], groups, -1) / q.scale.float().unsqueeze(-1)
+
+    if isinstance(q.spec.grid, ScaledGrid):
+        low, high = q.spec.grid.ends
+        v = in_steps(rows)
+        clipped = (v < low) | (v > high)
+    else:
+        clipped = in_steps(error).abs() > _INSIDE
     flat = q.codes.reshape(-1)
     return Look(
         signal=float(w.double().square().sum()),
         noise=float(error.double().square().sum()),
-        clipped=int((steps.abs() > _INSIDE).sum()),
+        clipped=int(clipped.sum()),
         numbers=w.numel(),
         codes=flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].cpu(),
         scale=q.scale.float().reshape(-1).cpu(),

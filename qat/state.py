@@ -109,8 +109,13 @@ class QATState(nn.Module):
 
 
 def structure(recipe: dict[str, Any]) -> Any:
-    """What two recipes must agree on for one to go on with the other's training state."""
-    return {key: recipe.get(key) for key in ("rules", "phases")}
+    """What two recipes must agree on for one to go on with the other's training state. How long the last phase is
+    (until the end, or no step at all) is not among it: a run may go on from what `init` alone wrote."""
+    phases = dict(recipe.get("phases") or {})
+    if phases:
+        last = list(phases)[-1]
+        phases[last] = {**phases[last], "steps": -1}
+    return {"rules": recipe.get("rules"), "phases": list(phases.items())}
 
 
 def encode_record(record: Record, size: int = 0) -> Tensor:

@@ -84,6 +84,13 @@ def check(recipe: Recipe) -> list[str]:
     found += _phases(recipe)
     found += _init(recipe)
     found += _distill(recipe.distill)
+    if recipe.distill.hidden > 0 and not recipe.distill.enabled:
+        found.append(f"distill.hidden: {show(recipe.distill.hidden)} does nothing with enabled=false; allowed: 0")
+    elif recipe.distill.hidden > 0 and recipe.train.task == "sentence_embedding":
+        found.append(
+            f"distill.hidden: {show(recipe.distill.hidden)} is not allowed with train.task=sentence_embedding, which "
+            "compares embeddings alone; allowed: 0"
+        )
     found += _targets(recipe.export.targets)
     return found + _train(recipe.train)
 
@@ -265,6 +272,13 @@ def _phases(recipe: Recipe) -> list[str]:
         if phase.bits and not phase.quantize:
             found.append(f"{path}.bits: {show(phase.bits)} is not allowed with quantize=false; allowed: {{}}")
         found += _phase_bits(phase, path, recipe.rules)
+        static = [key for key, rule in recipe.rules.items() if rule.input and rule.input.quantizer in ("lsq", "ema")]
+        if phase.steps == 0 and name == last and static:
+            found.append(
+                f"{path}.steps: 0 is not allowed with {join('rules', static[0])}.input.quantizer="
+                f"{recipe.rules[static[0]].input.quantizer}, whose range is seen in training; allowed: -1, or "  # type: ignore[union-attr]
+                "quantizer=absmax or minmax"
+            )
     if not any(phase.quantize for phase in recipe.phases.values()):
         found.append("phases: none of them quantizes; set quantize: true in the last one")
     return found
@@ -302,12 +316,14 @@ def _init(recipe: Recipe) -> list[str]:
     if init.method == "none":
         return found
     for name, rule in recipe.rules.items():
-        if rule.weight is not None and rule.weight.quantizer in DYNAMIC_QUANTIZERS:
+        # embeddings have no inputs to make good for
+        left = bool(rule.types) and set(rule.types) <= {"Embedding"}
+        if rule.weight is not None and rule.weight.quantizer in DYNAMIC_QUANTIZERS and not left:
             found.append(
                 f"init.method: {init.method} is not allowed with {join('rules', name)}.weight.quantizer="
                 f"{rule.weight.quantizer}, whose scales follow the weights; allowed: none, or quantizer=mse or lsq"
             )
-    first = next(iter(recipe.phases.items()), None)
+    first = next(((name, phase) for name, phase in recipe.phases.items() if phase.steps), None)
     if first is not None and not (first[1].quantize and not first[1].bits):
         found.append(
             f"init.method: {init.method} is not allowed with a first phase ({first[0]}) in float or in other bits, "

@@ -209,3 +209,8 @@ class Recipe:
     distill: Distill = field(default_factory=Distill)
     export: Export = field(default_factory=Export)
     train: Train = field(default_factory=Train)
+
+    @property
+    def trains_nothing(self) -> bool:
+        """Whether a run is over before its first step: `init`, export, no training."""
+        return list(self.phases.values())[-1].steps == 0

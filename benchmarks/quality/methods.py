@@ -102,6 +102,8 @@ METHODS: dict[str, Method] = {
     "Brevitas QAT": Method("ce", peers.brevitas),
     "Brevitas QAT + KL": Method("kl", peers.brevitas),
     "Brevitas MSE QAT + KL": Method("kl", peers.brevitas_mse),
+    # what it gains beside the others' `+ KL` without the second loss
+    "qat, KL alone": replace(OURS, hidden=0.0),
     "qat": OURS,
 }
 PEERS = tuple(name for name, method in METHODS.items() if method.peer)

@@ -40,6 +40,7 @@ from benchmarks.quality.lab import Lab, Scores
 from benchmarks.quality.methods import METHODS, PEERS, QUICK, QUICK_RATES, RATES, WIDTHLESS, WIDTHS, Method, measured
 from benchmarks.quality.summary import SUITE, rows_of
 from benchmarks.quality.trials import TRIALS
+from qat.errors import QATError
 
 # case -> its lab; --only chooses among "case width"
 CASES: dict[str, type[BytesLM]] = {"B1": BytesLM}
@@ -110,7 +111,7 @@ def work(job: Job) -> Outcome:
     lab, began = lab_of(job.place, job.seed), time.monotonic()
     try:
         found = Outcome(job, measured(job.tool, job.method, job.width, lab, job.rate))
-    except Missing as reason:
+    except (Missing, QATError) as reason:
         found = Outcome(job, reason=str(reason))
     found.seconds = time.monotonic() - began
     return found
@@ -173,8 +174,14 @@ class Suite:
             print(f"{found.seconds:4.0f} s  seed {job.seed}  {job.width}  {job.tool}{rate}: {shown}", flush=True)
 
     def absent(self) -> dict[tuple[str, str], str]:
-        """(width, tool) -> why it has no figures."""
-        return {(found.job.width, found.job.tool): found.reason for found in self.outcomes if found.reason}
+        """(width, tool) -> why it has no figures: it failed at the learning rate that was chosen, or at all."""
+        chosen = self.chosen()
+        reasons: dict[tuple[str, str], str] = {}
+        for found in self.outcomes:
+            key = found.job.width, found.job.tool
+            if found.reason and found.job.rate == chosen.get(key, found.job.rate):
+                reasons[key] = found.reason
+        return reasons
 
     def chosen(self) -> dict[tuple[str, str], float]:
         """(width, tool) -> the learning rate that the tuning split of the first seed prefers; those that train."""

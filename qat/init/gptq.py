@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qat.codes import stays
 from qat.errors import QATError
-from qat.grids import LevelGrid
+from qat.grids import ScaledGrid
 from qat.init.obs import errors_of, hat, solve
 from qat.init.walk import Forward, Shared, call_model, walk
 from qat.layers import QATLayer, weight_quantizers
@@ -227,8 +227,8 @@ def within(latents_RK: Tensor, fields: Fields, spec: QuantSpec) -> Tensor:
     Beyond, the gradient of a weight whose scale is kept is zero: what GPTQ left there would never move again, however
     near. (Kept up to 0.49 of a step beyond, as one might to lose less of the distance, it would be as stuck.)
     """
-    if isinstance(spec.grid, LevelGrid):
-        ends = spec.grid.low * fields.scale, spec.grid.high * fields.scale
+    if isinstance(spec.grid, ScaledGrid):
+        ends = spec.grid.ends[0] * fields.scale, spec.grid.ends[1] * fields.scale
     else:
         infinite = torch.full_like(fields.scale, torch.inf)
         ends = hat(-infinite, fields, spec), hat(infinite, fields, spec)

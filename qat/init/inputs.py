@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qat.init.obs import wide
 from qat.layers import QATLayer, input_quantizer
+from qat.node import no_autocast
 from qat.ops import ConvOp, LinearOp
 
 # numbers that the columns of a convolution may take at a time, 128 MiB in fp64
@@ -40,16 +41,18 @@ class Moments:
         quantizer = input_quantizer(layer)
         if quantizer is not None:
             x = quantizer(x)
-        if isinstance(op, ConvOp):
-            single = x.dim() != op.dims + 2
-            samples = x.unsqueeze(0) if single else x
-            kernel: Any = layer.kernel_size
-            step = max(1, _AT_ONCE // max(1, samples[0].numel() * math.prod(kernel)))
-            for some in samples.split(step):
-                self._count(_conv_columns(op, layer, some, rest))
-        else:
-            assert isinstance(op, LinearOp)
-            self._count(x.reshape(1, -1, x.shape[-1]))
+        # the hook that calls this runs within the model's autocast
+        with no_autocast(x.device.type):
+            if isinstance(op, ConvOp):
+                single = x.dim() != op.dims + 2
+                samples = x.unsqueeze(0) if single else x
+                kernel: Any = layer.kernel_size
+                step = max(1, _AT_ONCE // max(1, samples[0].numel() * math.prod(kernel)))
+                for some in samples.split(step):
+                    self._count(_conv_columns(op, layer, some, rest))
+            else:
+                assert isinstance(op, LinearOp)
+                self._count(x.reshape(1, -1, x.shape[-1]))
 
     def _count(self, x_CNK: Tensor) -> None:
         # products of a batch in fp32, sums over batches in fp64

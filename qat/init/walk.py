@@ -172,6 +172,7 @@ class _Survey:
             for forward in forwards:
                 self._calls: Counter[nn.Module] = Counter()
                 self._read: tuple[Tensor, Any] | None = None
+                self._reader: Shared | None = None
                 self._before: tuple[nn.Module, Call, Any] | None = None
                 self._versions: dict[int, int | None] = {}
                 self._autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
@@ -204,9 +205,10 @@ class _Survey:
         now = (x, _version(x))
         same = self._read is not None and self._read[0] is x and self._read[1] == now[1] is not None
         shared = self.owner[layer]  # type: ignore[index]
-        # tied layers read more than this tensor
-        self.order.setdefault(shared, same and len(shared.layers) == 1)
-        self._read = now
+        # it joins the newest group, so one of that has to have read the tensor; tied layers read more than this one
+        newest = next(reversed(self.order), None)
+        self.order.setdefault(shared, same and self._reader is newest and len(shared.layers) == 1)
+        self._read, self._reader = now, shared
 
     def _block_runs(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls[block] += 1

@@ -28,6 +28,8 @@ class Absmax(Quantizer):
             found.append(
                 "a signed 1-bit grid has the codes -1 and 0, and absmax maps all to 0; use quantizer=mse or lsq"
             )
+        if spec.kind == "binary":
+            found.append("absmax puts both levels of a binary grid at the largest weight; use quantizer=mse or lsq")
         if spec.signed_scale:
             found.append("quantizer='absmax' finds positive scales; use quantizer=mse or lsq with signed_scale=true")
         return found

@@ -25,6 +25,7 @@ from qat.errors import QATError
 from qat.fake_quant_kernels import dynamic, rowwise4
 from qat.fake_quant_kernels import fields as ranges
 from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
+from qat.grids import FloatGrid
 from qat.layout import Layout
 from qat.qtensor import Fields, QTensor
 from qat.specs import QuantSpec
@@ -258,12 +259,14 @@ def absmax_fields(w_RK: Tensor, spec: QuantSpec) -> Fields:
 
 
 def scales_of_amax(amax: Tensor, spec: QuantSpec) -> Fields:
-    """Stored scales of largest magnitudes of any shape. Powers of two by the rule of OCP MX v1.0, section 6.3: the
-    exponent of the largest number of a grid of floats is that of amax."""
+    """Stored scales of largest magnitudes of any shape. Powers of two for floats by the rule of OCP MX v1.0, section
+    6.3: the exponent of the largest number is that of amax; for other grids the least that clips nothing."""
     if spec.scale == "e8m0":
-        lead = 2.0 ** math.floor(math.log2(spec.grid.reach))
-        octave = torch.nan_to_num(amax, nan=torch.inf).view(torch.int32) & 0x7F800000
-        return Fields(spec.scale_grid.project(octave.view(torch.float32) * (1.0 / lead)))
+        floats = isinstance(spec.grid, FloatGrid)
+        reach = 2.0 ** math.floor(math.log2(spec.grid.reach)) if floats else spec.grid.reach
+        wanted = torch.nan_to_num(amax * (1.0 / reach), nan=spec.scale_grid.largest)
+        octave = (wanted.view(torch.int32) & 0x7F800000).view(torch.float32)
+        return Fields(spec.scale_grid.project(octave if floats else torch.where(octave < wanted, octave * 2, octave)))
     return Fields(ranges.scale_of_amax(amax, 1.0 / spec.grid.reach, *_bounds(spec)))
 
 

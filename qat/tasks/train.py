@@ -85,7 +85,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> dict[str, Any]:
         callbacks.append(exporter)
     trainer = make_trainer(recipe.train, out, callbacks)
     trainer.fit(module, datamodule=data, ckpt_path=recipe.train.resume)
-    if list(recipe.phases.values())[-1].steps == 0:
+    if recipe.trains_nothing:
         # nothing was trained, so nothing was validated either
         trainer.validate(module, datamodule=data, verbose=False)
     # validation need not fall on the last step: what is exported is what last.ckpt holds
@@ -260,6 +260,7 @@ def save(recipe: Recipe, results: dict[str, Any], curve: Curve, exporter: Any, w
         ]
         columns = ["layer", "type", "rule", "weight", "input"]
         sections.append({"kind": "table", "title": "Plan", "fold": "every layer", "columns": columns, "rows": plan})
-    what = f"{recipe.train.task} from {recipe.train.model}, {recipe.train.max_steps} steps"
+    steps = 0 if recipe.trains_nothing else recipe.train.max_steps
+    what = f"{recipe.train.task} from {recipe.train.model}, {steps} steps"
     lead = f"{recipe.description or recipe.name}: {what}."
     write_report({"title": f"Run {recipe.name}", "lead": lead, "sections": sections}, out)

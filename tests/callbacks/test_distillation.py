@@ -84,7 +84,7 @@ def test_hidden_states(tmp_path: Path) -> None:
     theirs = [torch.randn(2, 3, 4, generator=g) for _ in range(2)]
     mine = [t + 0.1 * torch.randn(t.shape, generator=g) for t in theirs]
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    pairs = [(a, b, (b - b.mean())[mask].square().mean()) for a, b in zip(mine, theirs, strict=True)]
+    pairs = [(a, b, (b - b[mask].mean())[mask].square().mean()) for a, b in zip(mine, theirs, strict=True)]
     wanted = sum(float((a - b)[mask].square().mean() / spread) for a, b, spread in pairs)
     assert float(hidden(mine, theirs, mask)) == pytest.approx(wanted / 2)
     assert float(hidden(theirs, theirs)) == 0.0
@@ -95,7 +95,8 @@ def test_hidden_states(tmp_path: Path) -> None:
         slot = {"group_size": 32, "bits": 2}
         t = trainer(tmp_path, QATCallback(recipe(slot)), callback, max_steps=1, limit_val_batches=0)
         t.fit(module, tokens())
-        assert not any(block._forward_hooks for block in blocks_of(module))
+        assert blocks_of(module) == ["model.model.layers.0", "model.model.layers.1"]
+        assert not any(module.get_submodule(name)._forward_hooks for name in blocks_of(module))
         return float(t.callback_metrics["train_distill_loss"])
 
     without, once, twice = (first_loss(weight) for weight in (0.0, 1.0, 2.0))

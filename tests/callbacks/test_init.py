@@ -85,6 +85,85 @@ def test_a_resumed_run_starts_from_its_checkpoint(tmp_path: Path) -> None:
     assert all(torch.equal(value, seen[key]) for key, value in first.state_dict().items())
 
 
+def test_a_run_goes_on_from_what_init_alone_wrote(tmp_path: Path) -> None:
+    """A checkpoint of no steps keeps its integers: neither searched anew nor GPTQ again. Mutation: `restored` not
+    looked at -> red."""
+    nothing = recipe(init=INIT, phases={"qat": {"steps": 0}})
+    first = Lit()
+    t = trainer(tmp_path, QATCallback(nothing), max_steps=4)
+    t.fit(first, data())
+    t.save_checkpoint(tmp_path / "start.ckpt")
+    assert t.global_step == 0
+    for init in ({}, INIT):
+        seen: dict[str, Tensor] = {}
+        t = trainer(tmp_path, QATCallback(recipe(init=init)), started(seen), max_steps=2)
+        t.fit(Lit(), data(), ckpt_path=tmp_path / "start.ckpt")
+        same = {key: torch.equal(value, seen[key]) for key, value in first.state_dict().items()}
+        assert t.global_step == 2 and all(found for key, found in same.items() if "_extra_state" not in key)
+
+
+def test_batches_come_as_in_the_fit_loop(tmp_path: Path) -> None:
+    """The module's own transfer hook, the precision's cast, loaders in a dict; metrics forget what they saw."""
+    import torchmetrics
+
+    class Handled(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = torchmetrics.MeanMetric()
+            self.weights: list[float] = []
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch["x"]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            loss = (self.net(x) - y).square().mean()
+            self.mean.update(loss.detach().float())
+            self.weights.append(float(self.mean.weight))
+            return loss
+
+    module = Handled()
+    t = trainer(tmp_path, QATCallback(recipe(init=INIT)), max_steps=2, precision="bf16-true", limit_val_batches=0)
+    t.fit(module, {"x": data()})
+    assert module.weights[-2:] == [1.0, 2.0]
+
+
+def test_moments_are_summed_in_fp32_under_autocast(tmp_path: Path) -> None:
+    """Mutation: no `no_autocast` in `Moments.add` -> products in bf16, another start."""
+    starts = []
+    for precision in ("bf16-mixed", "32-true"):
+        seen: dict[str, Tensor] = {}
+        t = trainer(
+            tmp_path,
+            QATCallback(recipe(init={**INIT, "method": "gptq"})),
+            started(seen),
+            max_steps=1,
+            precision=precision,
+            limit_val_batches=0,
+        )
+        t.fit(Lit(), data())
+        starts.append(seen["net.a.weight"])
+    # of the first layer, whose inputs are the data
+    assert torch.equal(*starts)
+
+
+def test_the_rehearsal_is_not_used_up(tmp_path: Path) -> None:
+    class Peeks(Lit):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            extra = self.net.a.weight.sum() if self.training else 0.0
+            return self.loss(batch) + 0.0 * extra
+
+    for init in ({}, INIT):
+        with pytest.raises(qat.QATError, match=r"net\.a"):
+            fit(tmp_path, Peeks(), recipe(init=init))
+
+
+def test_no_training_and_a_least_number_of_steps(tmp_path: Path) -> None:
+    nothing = recipe(phases={"qat": {"steps": 0}})
+    with pytest.raises(qat.QATError, match="min_steps=2"):
+        trainer(tmp_path, QATCallback(nothing), max_steps=4, min_steps=2).fit(Lit(), data())
+
+
 def test_manual_optimization_is_refused(tmp_path: Path) -> None:
     class Manual(Lit):
         def __init__(self) -> None:

@@ -197,7 +197,7 @@ def grids() -> Iterator[dict[str, Any]]:
                 yield {"bits": bits, "zero_point": zero, "quantizer": quantizer, "scale": scale, **granularity}
                 turn += 1
     for kind, bits in GRID_BITS.items():
-        for quantizer in ("absmax", "lsq"):
+        for quantizer in ("mse" if kind == "binary" else "absmax", "lsq"):
             scale = ("portable", "e8m0")[(turn + turn // 2) % 2]
             yield {"grid": kind, "bits": bits, "quantizer": quantizer, "scale": scale, **sizes[0]}
             turn += 1

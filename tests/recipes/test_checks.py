@@ -116,6 +116,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"phases": {}}, "phases: there is none", "qat: {steps: -1}"),
     ({"phases.qat.steps": 100}, "phases.qat.steps: 100 is not allowed in the last phase", "allowed: -1"),
     ({"distill": {"hidden": -1.0}}, "distill.hidden: -1.0 is not allowed", "0 or more"),
+    ({"distill": {"hidden": 1.0}}, "distill.hidden: 1.0 does nothing with enabled=false", "allowed: 0"),
     ({"init": {"method": "gptq2"}}, 'init.method: "gptq2" is not allowed', "none, gptq, gptq_latent"),
     ({"init": {"batches": 0}}, "init.batches: 0 is not allowed", "1 or more"),
     ({"init": {"damp": -1.0}}, "init.damp: -1.0 is not allowed", "0 or more"),

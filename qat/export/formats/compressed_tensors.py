@@ -67,6 +67,8 @@ class CompressedTensors(Format):
             found.append(f"grid {row.weight.kind}: this writer stores integers; nearest: grid: int, bits: 4")
         if row.weight.signed_scale:
             found.append("signed_scale=true: compressed-tensors has positive scales; nearest: signed_scale: false")
+        if row.weight.scale not in _HOLDS:
+            found.append(f"scale={row.weight.scale}: this writer stores scales as floats; use scale: portable")
         if row.weight.zero_point == "float":
             found.append("zero_point=float: compressed-tensors has integer zero points; nearest: zero_point: int")
         if row.input is not None:
@@ -213,7 +215,13 @@ def _input_reasons(spec: QuantSpec) -> list[str]:
         found.append(f"input grid {spec.kind}: this writer stores integers; nearest: grid: int, bits: 8")
     if spec.granularity not in ("token", "tensor"):
         found.append(f"input granularity={spec.granularity}: compressed-tensors has token (dynamic) or tensor (static)")
-    if spec.zero_point == "float" or spec.narrow or (spec.zero_point == "none" and not spec.signed):
+    if spec.scale not in _HOLDS:
+        found.append(f"input scale={spec.scale}: compressed-tensors has float scales; use scale: portable")
+    if (
+        spec.zero_point == "float"
+        or (spec.is_int and spec.int_grid.narrow)
+        or (spec.zero_point == "none" and not spec.signed)
+    ):
         nearest = "{bits: 8, granularity: token, zero_point: none, narrow: false, signed: true}"
         found.append(f"input grid {spec}: compressed-tensors takes the whole signed grid; nearest: {nearest}")
     return found
