@@ -90,8 +90,8 @@ def _refuse(pl_module: LightningModule, init: Init) -> None:
     sharded = next((name for name, w in planned_weights(pl_module).items() if hasattr(w, "placements")), None)
     if sharded is not None:
         raise QATError(
-            f"init.method={init.method} needs whole weights, and {sharded} is sharded; start from a checkpoint that a "
-            "run on one device wrote with phases.qat.steps=0, and set init.method=none"
+            f"init.method={init.method} needs whole weights, and {sharded} is sharded; set init.method=none under this "
+            "strategy"
         )
 
 

@@ -80,7 +80,8 @@ def _look(q: QTensor, w: Tensor) -> Look:
         clipped = (v < low) | (v > high)
     else:
         clipped = in_steps(error).abs() > _INSIDE
-    flat = q.codes.reshape(-1)
+    # bytes: small floats are compared as they lie
+    flat = q.codes.reshape(-1).view(torch.uint8)
     return Look(
         signal=float(w.double().square().sum()),
         noise=float(error.double().square().sum()),

@@ -40,6 +40,23 @@ def test_numbers_by_hand() -> None:
     assert found["scale_drift_pct"] == 0.0
 
 
+@pytest.mark.parametrize(("kind", "bits"), [("seq", 2), ("nf4", 4), ("e4m3", 8), ("fp4", 4)])
+def test_clipped_numbers_of_uneven_grids(kind: str, bits: int) -> None:
+    """Between far levels a number is not clipped. Mutation: half a scale taken for half a step -> red."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False))
+    slot = {"grid": kind, "bits": bits, "granularity": "channel", "group_size": None, "quantizer": "mse"}
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0], [3.0, 2.0, 1.0, 0.0]]))
+    qat.prepare(model, recipe(slot))
+    before = look(model)["0.weight"]
+    with torch.no_grad():
+        # one number far beyond the largest level
+        ends = model[0].weight_quantizer(model[0].weight).amax(1, keepdim=True)
+        model[0].weight.copy_(torch.tensor([[0.0, 0.03, 0.1, 400.0], [0.5, 0.2, -0.4, 0.9]]) * ends)
+    now = look(model)["0.weight"]
+    assert now.clipped_pct == 12.5 and now.changed_pct(before) > 0.0
+
+
 def test_drift_and_changes_of_a_run(tmp_path: Path) -> None:
     module = Lit()
     logger = CSVLogger(tmp_path)
