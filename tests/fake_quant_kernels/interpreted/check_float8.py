@@ -64,6 +64,23 @@ def test_families(f8: torch.dtype) -> None:
             same(float8.vjp, g, w, s, f8, True, False, context=context)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_e2m1(packed: bool) -> None:
+    """Four-bit floats with fp32 scales, one code in a byte or two. Mutation: `packed` not handed to the launcher."""
+    e2m1 = torch.uint8
+    for groups in (1, 2, 4):
+        s, g = scales(3, groups, 1), torch.randn(3, 64, generator=generator(2))
+        for dtype in DTYPES:
+            for family, w in families((3, 64), dtype, 0, 16, largest=7, not_finite=True).items():
+                if dtype == torch.bfloat16 and family in ("tiny", "denormals"):
+                    continue
+                context = f"{family} {dtype} {groups}"
+                found, _ = same(float8.encode, w, s, e2m1, packed, context=context)
+                same(float8.decode, found[0], s, torch.float32, packed, context=context)
+                same(float8.fake, w, s, e2m1, torch.float16, context=context)
+                same(float8.vjp, g, w, s, e2m1, True, False, context=context)
+
+
 @pytest.mark.parametrize("columns", [1, 63, 1000, 1023, 20000])
 @pytest.mark.parametrize("place", ["tensor", "row"])
 def test_sizes(columns: int, place: str) -> None:
