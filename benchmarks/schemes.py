@@ -47,7 +47,7 @@ GPU = {
     "qat W8A8 simulated": Scheme("activation", W8A8, {"real": False}),
     "qat W8A8 real": Scheme("activation", W8A8, {"real": True}),
     "qat W8A8 real, int8 backward": Scheme("activation", {**W8A8, "backward": "int8"}, {"real": True}),
-    # recipes have no fp8 grid yet; until then the rows of these say so
+    # recipes have no fp8 backward yet; until then its rows say so
     "qat FP8 real": Scheme("activation", FP8, {"real": True}),
     "qat FP8 real, fp8 backward": Scheme("activation", {**FP8, "backward": "fp8"}, {"real": True}),
 }

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.codes import CodeCache, Entry, forget_codes_of, packs, quantize
-from qat.fake_quant_kernels import int8_linear
+from qat.fake_quant_kernels import fp8_linear, int8_linear
 from qat.fake_quant_kernels.dispatch import uncompiled
 from qat.fake_quant_kernels.pack import PLAIN
 from qat.node import Call, KeepInGraph, QuantizedLayer, Slot, inside, no_autocast, random_state
@@ -87,7 +87,7 @@ class Live:
     traced: bool = False
     # float | int8 | int8_dgrad: how the matmuls of the gradients run
     backward: str = "float"
-    # codes of 8-bit weights and inputs are multiplied as integers where the machine can
+    # codes of 8-bit weights and inputs are multiplied as they are where the machine can
     real: bool = True
     cache: CodeCache = field(default_factory=CodeCache)
     # the prepared root's record: a module whose `training` is the root's
@@ -205,7 +205,7 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
                 slot, entry = _weight(live, key, w, quantizers.get(key))
                 slots.append(slot)
                 quantized += entry
-        integer = live.real and _multiplies_codes(op, live.blend, x_slot, x_quantized, slots[0], quantized, dtype)
+        product = _product(op, live.blend, x_slot, x_quantized, slots[0], quantized, dtype) if live.real else ""
         random = random_state(layer) if op.replays else None
         backward, seeds = "float", None
         if live.backward != "float" and live.blend is None and live.in_training(layer):
@@ -213,7 +213,7 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
             # too, or a forward that is run again with them (reentrant checkpointing) would find other random numbers
             seeds = torch.randint(-(2**63), 2**63 - 1, (2,), device=weights[0].device)
             backward = live.backward
-        call = Call(layer, op, dtype, x_slot, tuple(slots), len(inputs), integer, random, backward)
+        call = Call(layer, op, dtype, x_slot, tuple(slots), len(inputs), product, random, backward)
         y: Tensor = QuantizedLayer.apply(call, live.blend, seeds, *inputs, *weights, *x_quantized, *quantized)  # type: ignore[no-untyped-call]
         frozen = [q for q in layer_quantizers(layer) if q.frozen]
         return _kept_in_graph(y, frozen) if frozen else y
@@ -302,7 +302,7 @@ class _Recent(threading.local):
 _recent = _Recent()
 
 
-def _multiplies_codes(
+def _product(
     op: LayerOp,
     blend: Tensor | None,
     x_slot: Slot | None,
@@ -310,22 +310,24 @@ def _multiplies_codes(
     w_slot: Slot | None,
     w_quantized: Any,
     dtype: torch.dtype,
-) -> bool:
-    """Whether the codes themselves can be multiplied: y = (x_codes w_codes^T) * x_scale * w_scale."""
+) -> str:
+    """As what the codes themselves can be multiplied, y = (x_codes w_codes^T) * x_scale * w_scale: int8, fp8, or "" if
+    they cannot."""
     if not isinstance(op, LinearOp) or op.transposed or blend is not None or x_slot is None or w_slot is None:
-        return False
-    codes, scale, zero, minimum = w_quantized
-    if not (x_slot.spec.is_int and w_slot.spec.is_int):
-        return False
-    # one scale per token or for all
-    if x_quantized[1] is not None and x_quantized[1].shape[1] != 1:
-        return False
-    asymmetric = zero is not None or minimum is not None or x_quantized[3] is not None
+        return ""
+    (x_codes, x_scale, x_zero, x_minimum), (codes, scale, zero, minimum) = x_quantized, w_quantized
+    assert x_codes is not None and x_scale is not None
+    asymmetric = zero is not None or minimum is not None or x_minimum is not None
     # by the spec, not by the form: whether codes are kept must change no number
-    if packs(w_slot.spec, w_slot.layout.rows_shape[1]) or asymmetric or scale.shape[1] != 1:
-        return False
-    assert x_quantized[0] is not None
-    return not int8_linear.reasons(x_quantized[0], codes, dtype, x_quantized[2] is not None)
+    packed = packs(w_slot.spec, w_slot.layout.rows_shape[1])
+    # one scale per token or for all, one per output or for all
+    if packed or asymmetric or scale.shape[1] != 1 or x_scale.shape[1] != 1:
+        return ""
+    if x_slot.spec.is_int and w_slot.spec.is_int:
+        return "" if int8_linear.reasons(x_codes, codes, dtype, x_zero is not None) else "int8"
+    if x_slot.spec.kind == w_slot.spec.kind == "e4m3":
+        return "" if fp8_linear.reasons(x_codes, codes, dtype) else "fp8"
+    return ""
 
 
 def _observe(quantizer: Quantizer, x: Tensor | None) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.fake_quant_kernels import rowwise4
+from qat.fake_quant_kernels.fp8_linear import fp8_linear
 from qat.fake_quant_kernels.int8_gradients import int8_dgrad, int8_wgrad
 from qat.fake_quant_kernels.int8_linear import int8_linear
 from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
@@ -165,8 +166,8 @@ class Call:
     weights: tuple[Slot | None, ...]
     # tensors of the call: x, bias, ...
     inputs: int
-    # multiply codes as integers
-    integer: bool = False
+    # multiply the codes themselves: int8 | fp8 | "", the decoded numbers
+    product: str = ""
     # random state of the forward, for ops whose backward runs it again
     random: Any = None
     # float | int8 | int8_dgrad: how the gradients' matmuls run
@@ -216,8 +217,8 @@ class QuantizedLayer(torch.autograd.Function):
         kept_x, *kept = _kept(call, blend, x, need_x, x_quantized, quantized)
         ctx.save_for_backward(blend, seeds, kept_x, *inputs[1:], *weights, *kept)
         with no_autocast(weights[0].device.type):  # type: ignore[union-attr]
-            if call.integer:
-                return no_view(_integer(call, inputs, x_quantized, quantized[0]))
+            if call.product:
+                return no_view(_product(call, inputs, x_quantized, quantized[0]))
             x_hat = call.x_hat(x, x_quantized, blend)
             w_hats = [call.w_hat(i, w, quantized[i], blend) for i, w in enumerate(weights)]  # type: ignore[arg-type]
             y = call.op.forward(call.layer, (x_hat, *call.cast(inputs[1:])), w_hats)
@@ -322,12 +323,15 @@ def _kept(
     return tuple(kept)
 
 
-def _integer(call: Call, inputs: Tensors, x_quantized: Tensors, w_quantized: Tensors) -> Tensor:
-    """The same y with the codes multiplied as integers and scaled afterwards (`qat.fake_quant_kernels.int8_linear`)."""
+def _product(call: Call, inputs: Tensors, x_quantized: Tensors, w_quantized: Tensors) -> Tensor:
+    """The same y with the codes multiplied and scaled afterwards (`fake_quant_kernels.int8_linear`, `fp8_linear`)."""
     x, bias = inputs
     x_codes, x_scale, x_zero, _ = x_quantized
     w_codes, w_scale, _, _ = w_quantized
-    y = int8_linear(x_codes, x_scale, w_codes, w_scale, bias, call.dtype, x_zero)  # type: ignore[arg-type]
+    if call.product == "fp8":
+        y = fp8_linear(x_codes, x_scale, w_codes, w_scale, bias, call.dtype)  # type: ignore[arg-type]
+    else:
+        y = int8_linear(x_codes, x_scale, w_codes, w_scale, bias, call.dtype, x_zero)  # type: ignore[arg-type]
     return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]
 
 

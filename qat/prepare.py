@@ -75,8 +75,9 @@ def prepare(
                  is a budget in bytes, layers beyond it (False: all) quantize again in backward instead. None: True, or
                  what an earlier `prepare` of this model was told. After a change
                  of weights that neither `torch.optim` nor a load made, call `qat.weights_changed(model)`.
-    real         multiply 8-bit codes as integers where the machine can, which differs from the simulated product by
-                 float rounding only (`qat.fake_quant_kernels.int8_linear`); False: always simulate
+    real         multiply 8-bit codes, integers or e4m3, as they are where the machine can, which differs from the
+                 simulated product by float rounding only (`qat.fake_quant_kernels.int8_linear`, `fp8_linear`); False:
+                 always simulate
     """
     recipe = as_recipe(recipe)
     model = prepared_root(model)

@@ -67,7 +67,7 @@ def test_gpu_suite(tmp_path: Path) -> None:
     steps = [entry for entry in rows if entry["case"].startswith("llama")]
     assert {entry["tool"] for entry in steps} == {FLOAT, AGAIN, *schemes.GPU, *PEERS}
     timed = {entry["tool"] for entry in steps if entry["metric"] == "time_ratio"}
-    assert timed >= {FLOAT, *(tool for tool in schemes.GPU if "FP8" not in tool)}
+    assert timed >= {FLOAT, *(tool for tool in schemes.GPU if "fp8 backward" not in tool)}
 
 
 def test_quality_of_backwards(tmp_path: Path) -> None:
