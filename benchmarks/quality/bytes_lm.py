@@ -118,11 +118,9 @@ def markov(count: int) -> bytes:
 
 
 class BytesLM(Lab):
-    case = "B1"
-
     def __init__(self, seed: int, dry: bool = False, corpus: str = "stdlib") -> None:
-        super().__init__(seed, dry)
-        self.corpus = data(corpus, dry)
+        super().__init__(seed, dry, corpus)
+        self.corpus = data(corpus or CORPORA[0], dry)
         self.context = 32 if dry else 64
         self.steps = 8 if dry else 150
         self.float_schedule = Train(lr=3e-3, max_steps=120 if dry else 1500, weight_decay=0.05)

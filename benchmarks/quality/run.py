@@ -5,7 +5,8 @@
                                                     file only with --out
     python -m benchmarks.quality --only 'B1 W4'     cases whose name contains this
     python -m benchmarks.quality --corpus synthetic bytes that do not depend on the Python version
-    python -m benchmarks.quality --try [SUBSTRING]  variants (trials.py) on the tuning split of the first seed: a table
+    python -m benchmarks.quality --try [SUBSTRING]  variants of our method on the tuning split of the first seed; all of
+                                                    them: benchmarks/results/trials.json
     python -m benchmarks.quality --dry-run          tiny sizes, without other libraries: does it run?
 
 Protocol. Every seed has a float model of its own. Every method of a seed trains the same number of steps on the same
@@ -34,17 +35,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from benchmarks.common import RESULTS, Missing, Row, environment, save, verdict
-from benchmarks.quality.bytes_lm import CORPORA, BytesLM
+from benchmarks.common import RESULTS, Missing, Row, environment, missing, row, save, verdict
+from benchmarks.quality.bytes_lm import CORPORA
+from benchmarks.quality.cases import CASES
 from benchmarks.quality.lab import Lab, Scores
-from benchmarks.quality.methods import METHODS, PEERS, QUICK, QUICK_RATES, RATES, WIDTHLESS, WIDTHS, Method, measured
+from benchmarks.quality.methods import QUICK_RATES, RATES, WIDTHLESS, Method, measured
 from benchmarks.quality.summary import SUITE, rows_of
-from benchmarks.quality.trials import TRIALS
 from qat.errors import QATError
 
-# case -> its lab; --only chooses among "case width"
-CASES: dict[str, type[BytesLM]] = {"B1": BytesLM}
 PROCESSES = 2
+# the suite of `--try`
+TRIED = "trials"
 _PREFIX = "try: "
 
 
@@ -70,9 +71,10 @@ class Job:
 
     @property
     def method(self) -> Method:
+        case = CASES[self.place.case]
         if self.tool.startswith(_PREFIX):
-            return TRIALS[self.tool.removeprefix(_PREFIX)]
-        return METHODS[self.tool]
+            return case.trials[self.tool.removeprefix(_PREFIX)]
+        return case.methods[self.tool]
 
 
 @dataclass
@@ -91,7 +93,7 @@ def lab_of(place: Place, seed: int) -> Lab:
     """With its float model, trained or read from where an earlier call wrote it."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    lab = CASES[place.case](seed, place.dry, place.corpus)
+    lab = CASES[place.case].lab(seed, place.dry, place.corpus)
     file = Path(place.folder) / f"{place.case}-{seed}.pt"
     if file.exists():
         lab.load(torch.load(file, weights_only=True))
@@ -110,7 +112,8 @@ def prepare_lab(place: Place, seed: int) -> tuple[dict[str, Any], float]:
 def work(job: Job) -> Outcome:
     lab, began = lab_of(job.place, job.seed), time.monotonic()
     try:
-        found = Outcome(job, measured(job.tool, job.method, job.width, lab, job.rate))
+        grid = CASES[job.place.case].widths[job.width]
+        found = Outcome(job, measured(job.tool, job.method, job.width, grid, lab, job.rate))
     except (Missing, QATError) as reason:
         found = Outcome(job, reason=str(reason))
     found.seconds = time.monotonic() - began
@@ -209,29 +212,24 @@ class Suite:
         rates = self.chosen()
         for (_, tool), rate in list(rates.items()):
             rates |= {(width, tool): rate for width in self.widths if tool in WIDTHLESS}
-        return rows_of(self.place.case, self.scores("test"), self.absent(), rates)
+        return rows_of(self.place.case, CASES[self.place.case], self.scores("test"), self.absent(), rates)
+
+    def trial_rows(self) -> list[Row]:
+        """Scores of variants on the tuning split, and the learning rates at which they were reached."""
+        found, rates, absent = self.scores("tune"), self.chosen(), self.absent()
+        rows: list[Row] = []
+        for width, tool in self.keys():
+            where, variant, key = f"{self.place.case} {width}", tool.removeprefix(_PREFIX), (width, tool)
+            rows += [missing(TRIED, where, variant, absent[key])] if key in absent else []
+            rows += [row(TRIED, where, variant, m, v) for s in found.get(key, {}).values() for m, v in s.items()]
+            rows += [row(TRIED, where, variant, "learning rate", rates[key], better="")] if key in rates else []
+        return rows
 
 
 def _value(found: Outcome, judge: str) -> float:
     value = found.scores["tune"][judge]
     # a run that diverged is never the best
     return math.inf if math.isnan(value) else value
-
-
-def trial_table(suite: Suite) -> str:
-    """KL on the tuning split by variant and width, and where it was reached."""
-    found, rates, absent = suite.scores("tune"), suite.chosen(), suite.absent()
-    lines = ["| variant | " + " | ".join(suite.widths) + " |", "|---|" + "---:|" * len(suite.widths)]
-    for tool in suite.tools:
-        cells = []
-        for width in suite.widths:
-            key = width, tool
-            scores = found.get(key, {}).get(suite.seeds[0])
-            at = f" ({rates[key]:g})" if key in rates else ""
-            cells.append(f"{scores['kl']:.5f}{at}" if scores else "-")
-        lines.append(f"| {tool.removeprefix(_PREFIX)} | " + " | ".join(cells) + " |")
-    reasons = {f"{tool.removeprefix(_PREFIX)}, {width}: {reason}" for (width, tool), reason in absent.items()}
-    return "\n".join([*lines, *sorted(reasons)])
 
 
 def results_table(rows: Sequence[Row]) -> str:
@@ -242,7 +240,7 @@ def results_table(rows: Sequence[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, W4 and W2, fewer methods and learning rates")
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer widths, methods and learning rates")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--seeds", default="", help="separated by commas; the first one chooses learning rates")
     parser.add_argument("--corpus", choices=CORPORA, default=CORPORA[0])
@@ -251,42 +249,45 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=PROCESSES, help="side by side, one thread each; 0: this one")
     parser.add_argument("--out", type=Path, help="file to write")
     options = parser.parse_args(arguments)
-    began = time.monotonic()
     quick, dry = options.quick, options.dry_run
     seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [0] if quick else [0, 1, 2]
-    tools = [tool for tool in METHODS if (not quick or tool in QUICK) and not (dry and tool in PEERS)]
-    if options.trial is not None:
-        seeds = seeds[:1]
-        tools = [f"{_PREFIX}{name}" for name in TRIALS if options.trial in name]
-    chosen = [w for w in WIDTHS if not quick or w in ("W4", "W2")]
-    cases = {case: [w for w in chosen if options.only in f"{case} {w}"] for case in CASES}
-    cases = {case: widths for case, widths in cases.items() if widths}
-    if not cases or not tools:
-        print(f"no case contains {options.only!r}, or no variant {options.trial!r}", file=sys.stderr)
-        return 2
+    seeds = seeds[:1] if options.trial is not None else seeds
     rates = RATES[2:3] if dry else QUICK_RATES if quick else RATES
     rows: list[Row] = []
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"seeds": " ".join(map(str, seeds)), "rates": " ".join(f"{rate:g}" for rate in rates)}
     processes = 0 if dry else options.processes
     workers = ProcessPoolExecutor(processes, mp_context=get_context("spawn")) if processes else InTurn()
     with tempfile.TemporaryDirectory() as folder, workers as pool:
-        for case, widths in cases.items():
-            place = Place(case, options.corpus, dry, folder)
-            suite = Suite(place, widths, tools, seeds, rates, pool)
+        for name in CASES:
+            widths, tools = chosen(name, options)
+            if not widths or not tools:
+                continue
+            began = time.monotonic()
+            suite = Suite(Place(name, options.corpus, dry, folder), widths, tools, seeds, rates, pool)
             suite.run()
-            if options.trial is not None:
-                print(trial_table(suite))
-            rows += suite.rows()
-            facts |= {f"{case} {name}": value for name, value in suite.facts.items()}
-    if options.trial is not None:
-        return 0
+            rows += suite.rows() if options.trial is None else suite.trial_rows()
+            facts |= {f"{name} {key}": value for key, value in suite.facts.items()}
+            facts[f"{name} seconds"] = round(time.monotonic() - began)
+    if not rows:
+        print(f"no case contains {options.only!r}, or no variant {options.trial!r}", file=sys.stderr)
+        return 2
     print(results_table(rows))
-    whole = not (dry or quick or options.only or options.corpus != CORPORA[0])
-    out = options.out or (RESULTS / f"{SUITE}.json" if whole else None)
+    whole = not (dry or quick or options.only or options.trial or options.corpus != CORPORA[0])
+    out = options.out or (RESULTS / f"{SUITE if options.trial is None else TRIED}.json" if whole else None)
     if out is not None:
-        more = {"seeds": " ".join(map(str, seeds)), "rates": " ".join(f"{rate:g}" for rate in rates)}
         torch.set_num_threads(1)
-        save(out, environment(**facts, **more, processes=processes, seconds=round(time.monotonic() - began)), rows)
+        save(out, environment(**facts, processes=processes), rows)
     # tiny sizes say nothing about goals
     print(f"{len(rows)} rows" if dry else verdict(rows))
     return 0
+
+
+def chosen(name: str, options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Widths and tools of a case that the options ask for."""
+    case = CASES[name]
+    quick_widths, quick_tools = case.quick
+    widths = [w for w in case.widths if options.only in f"{name} {w}" and (not options.quick or w in quick_widths)]
+    if options.trial is not None:
+        return widths, [f"{_PREFIX}{variant}" for variant in case.trials if options.trial in variant]
+    others = {tool for tool, method in case.methods.items() if method.peer} if options.dry_run else set()
+    return widths, [t for t in case.methods if t not in others and (not options.quick or t in quick_tools)]

@@ -16,14 +16,12 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.common import Row, missing, row
 from benchmarks.quality.lab import Scores
-from benchmarks.quality.methods import GPTQ, METHODS, PEER_GOAL, PEERS, WIDTHS
+from benchmarks.quality.methods import OURS, Case
 
 SUITE = "quality"
-OURS = "qat"
 SPREAD, BOUND = "standard deviation", "95 % bound"
 # 0.95 quantiles of Student's t for 1, 2, ... degrees of freedom
 T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
-AS_THEY_COME = tuple(name for name in PEERS if METHODS[name].loss == "ce")
 
 # (width, tool) -> seed -> scores on the test split
 Found = Mapping[tuple[str, str], Mapping[int, Scores]]
@@ -38,12 +36,18 @@ def bound(values: Sequence[float]) -> float:
 
 
 def over_seeds(
-    case: str, tool: str, metric: str, values: Mapping[int, float], goal: float | None = None, bounded: bool = False
+    case: str,
+    tool: str,
+    metric: str,
+    values: Mapping[int, float],
+    goal: float | None = None,
+    bounded: bool = False,
+    better: str = "lower",
 ) -> list[Row]:
     """Rows of one metric: every seed, the mean, the spread, the bound."""
     each = list(values.values())
-    rows = [{**row(SUITE, case, tool, metric, value), "seed": seed} for seed, value in values.items()]
-    rows.append(row(SUITE, case, tool, metric, statistics.fmean(each), goal))
+    rows = [{**row(SUITE, case, tool, metric, value, None, better), "seed": seed} for seed, value in values.items()]
+    rows.append(row(SUITE, case, tool, metric, statistics.fmean(each), goal, better))
     if len(each) > 1:
         rows.append(row(SUITE, case, tool, f"{metric}, {SPREAD}", statistics.stdev(each)))
         if bounded:
@@ -59,25 +63,30 @@ def ratios(found: Found, width: str, others: Sequence[str]) -> dict[int, float]:
 
 
 def rows_of(
-    case: str, found: Found, absent: Mapping[tuple[str, str], str], rates: Mapping[tuple[str, str], float]
+    name: str,
+    case: Case,
+    found: Found,
+    absent: Mapping[tuple[str, str], str],
+    rates: Mapping[tuple[str, str], float],
 ) -> list[Row]:
     """All rows of a case; its widths are cases of their own in the file, like "B1 W4"."""
     rows: list[Row] = []
-    for width in [width for width in WIDTHS if any(key[0] == width for key in (*found, *absent))]:
-        name = f"{case} {width}"
-        for tool in METHODS:
+    for width, grid in case.widths.items():
+        if not any(key[0] == width for key in (*found, *absent)):
+            continue
+        where = f"{name} {width}"
+        for tool in case.methods:
             key = width, tool
             if key in absent:
-                rows.append(missing(SUITE, name, tool, absent[key]))
+                rows.append(missing(SUITE, where, tool, absent[key]))
             for metric in next(iter(found[key].values())) if key in found else ():
-                rows += over_seeds(name, tool, metric, {seed: found[key][seed][metric] for seed in found[key]})
+                goal = grid.goals.get(metric) if tool == OURS else None
+                better = "higher" if metric in case.lab.higher else "lower"
+                values = {seed: found[key][seed][metric] for seed in found[key]}
+                rows += over_seeds(where, tool, metric, values, goal, better=better)
             if key in found and key in rates:
-                rows.append(row(SUITE, name, tool, "learning rate", rates[key], better=""))
-        for metric, others, goal in (
-            ("kl / GPTQ", (GPTQ,), WIDTHS[width].goal),
-            ("kl / best other QAT as it comes", AS_THEY_COME, PEER_GOAL),
-            ("kl / best other QAT", PEERS, PEER_GOAL),
-        ):
+                rows.append(row(SUITE, where, tool, "learning rate", rates[key], better=""))
+        for metric, others in case.ratios.items():
             if ratio := ratios(found, width, others):
-                rows += over_seeds(name, OURS, metric, ratio, goal, bounded=True)
+                rows += over_seeds(where, OURS, metric, ratio, grid.goals.get(metric), bounded=True)
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from benchmarks.models import linears
 from benchmarks.quality import lab as labs
 from benchmarks.quality import methods, run, summary
 from benchmarks.quality.bytes_lm import BytesLM, markov
-from benchmarks.quality.methods import METHODS, PEERS, WIDTHS, Method
+from benchmarks.quality.methods import Method
+from benchmarks.quality.weights import B1, METHODS, PEERS, WIDTHS
 from benchmarks.schemes import recipe
 
 LSQ = Method("kl", slot={"quantizer": "lsq"})
@@ -32,7 +34,7 @@ def lab() -> BytesLM:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("quality") / "quality.json"
-    assert run.main(["--dry-run", "--corpus", "synthetic", "--seeds", "0,1", "--out", str(out)]) == 0
+    assert run.main(["--dry-run", "--only", "B1", "--corpus", "synthetic", "--seeds", "0,1", "--out", str(out)]) == 0
     found: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["rows"]
     return found
 
@@ -60,8 +62,8 @@ def test_figures_are_in_order(rows: list[dict[str, Any]]) -> None:
 
 def test_training_brings_it_closer(lab: BytesLM) -> None:
     """Mutation: `_train` does nothing."""
-    rounded = methods.measured("a", Method(slot={"quantizer": "mse"}), "W2", lab, None)
-    trained = methods.measured("b", LSQ, "W2", lab, 1e-3)
+    rounded = methods.measured("a", Method(slot={"quantizer": "mse"}), "W2", WIDTHS["W2"], lab, None)
+    trained = methods.measured("b", LSQ, "W2", WIDTHS["W2"], lab, 1e-3)
     assert trained["test"]["kl"] < rounded["test"]["kl"]
 
 
@@ -85,13 +87,13 @@ def test_what_is_scored_are_the_exported_integers(lab: BytesLM, monkeypatch: pyt
 def test_a_quantization_that_is_off_is_noticed(lab: BytesLM) -> None:
     """So is one of a layer that others leave alone. Mutations: `levels` does not count; it skips embeddings."""
     count = len(linears(lab.float_model))
-    with pytest.raises(AssertionError, match="0 of 6 weights"), labs.levels(16, count):
+    with pytest.raises(AssertionError, match="0 of 6 weights"), labs.levels(lambda columns: 16, count):
         lab.float_model(lab.batch(1, 0))
     model = lab.copy()
     with torch.no_grad():
         for weight in (*(linear.weight for linear in linears(model).values()), model.embedding.weight):
             weight.copy_(weight.sign())
-    with pytest.raises(AssertionError, match="7 of 6 weights"), labs.levels(2, count):
+    with pytest.raises(AssertionError, match="7 of 6 weights"), labs.levels(lambda columns: 2, count):
         model(lab.batch(1, 0))
 
 
@@ -125,7 +127,7 @@ def test_ratios_are_paired_and_bounded() -> None:
         ("W4", "torchao QAT"): {0: {"kl": 4.0}, 1: {"kl": 3.0}, 2: {"kl": 5.0}},
         ("W4", "Brevitas QAT + KL"): {0: {"kl": 1.0}, 1: {"kl": 6.0}, 2: {"kl": 4.0}},
     }
-    rows = summary.rows_of("B1", found, {}, {})
+    rows = summary.rows_of("B1", B1, found, {}, {})
     values = {(e["metric"], e.get("seed")): e for e in rows if e["tool"] == "qat"}
     assert [values["kl / GPTQ", seed]["value"] for seed in (0, 1, 2)] == [0.5, 0.75, 0.5]
     mean = values["kl / GPTQ", None]
@@ -138,7 +140,7 @@ def test_ratios_are_paired_and_bounded() -> None:
 
 def test_a_word_that_recipes_lack_is_a_reason(lab: BytesLM) -> None:
     with pytest.raises(Missing, match="no recipe can say it yet"):
-        methods.measured("x", LSQ.varied(at={"W2": {"grid": "no such grid"}}), "W2", lab, 1e-3)
+        methods.measured("x", LSQ.varied(at={"W2": {"grid": "no such grid"}}), "W2", WIDTHS["W2"], lab, 1e-3)
 
 
 def test_synthetic_source() -> None:
@@ -154,9 +156,9 @@ def test_synthetic_source() -> None:
 
 
 def test_trials(capsys: pytest.CaptureFixture[str]) -> None:
-    """A table of variants by width, and reasons for those that cannot be yet."""
-    assert run.main(["--dry-run", "--corpus", "synthetic", "--only", "W2", "--try", "start: search"]) == 0
-    assert "| start: search | 0." in capsys.readouterr().out
+    """Scores of variants by width."""
+    assert run.main(["--dry-run", "--corpus", "synthetic", "--only", "B1 W2", "--try", "start: search"]) == 0
+    assert re.search(r"B1 W2 +start: search +kl +0\.", capsys.readouterr().out)
 
 
 def test_no_case() -> None:

@@ -1,0 +1,8 @@
+"""Every case of the suite; a further one is a file and a line here."""
+
+from __future__ import annotations
+
+from benchmarks.quality.methods import Case
+from benchmarks.quality.weights import B1
+
+CASES: dict[str, Case] = {"B1": B1}
