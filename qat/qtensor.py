@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -32,11 +33,13 @@ class QTensor:
     R rows (output channels), K numbers in a row, G scales in a row (K % G == 0); per tensor both R and G are 1.
 
     codes        [R, K] in spec.grid.code_dtype: int8 (signed integers), uint8, or a dtype of small floats
-    scale        the stored dtype of spec.scale, [R, G] or [1, 1], finite, positive but for spec.signed_scale
+    scale        the stored dtype of spec.scale (fp32 if it has two levels), [R, G] or [1, 1], finite, positive but for
+                 spec.signed_scale
     zero_point   int16 within the grid's codes, the shape of scale, or None
     minimum      the stored dtype of spec.scale, the shape of scale, or None
     layout       where the rows lie in the parameter
     out_dtype    dtype of the weight that the training forward used
+    parts        of scales of two levels (`qat.scales`): what a file holds, of which `scale` and `minimum` are decoded
     """
 
     codes: Tensor
@@ -46,6 +49,7 @@ class QTensor:
     spec: QuantSpec
     layout: Layout
     out_dtype: torch.dtype
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight, shape `layout.shape`, computed in fp32 and cast once to `dtype` (default: `out_dtype`)."""

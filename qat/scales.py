@@ -13,16 +13,29 @@ of that range, so a stored scale is always finite and positive.
     fp32       2^-110 .. 2^119 (below, three bf16 numbers no longer hold all bits: `qat.quantizers.base.split`)
 
 A minimum (zero_point float) has any sign and may be 0; a portable one is a number of fp16 as well, denormals included.
+
+Two levels: scales that are themselves codes times a scale (`fake_quant_kernels.two_level`, `nvfp4`). What is learned or
+searched is the scale that a group would like, in fp32; `encode` makes what a file holds of those of the whole tensor,
+and `decode` the numbers that weights are computed with. Both run in every forward.
+
+                  codes of scales             times                        of
+    q2_k .. q6_k  4, 6 or 8 bits, minima too  fp16 for 256 numbers         integers in groups of 16 or 32: ggml
+    nvfp4         e4m3                        fp32 for the tensor          fp4 in groups of 16: TensorRT-LLM
+    nvfp4_over    e4m3                        1 / fp32 for the tensor      the same: compressed-tensors
+    bnb_nested    a table of 256              fp32 for 256, and a mean     nf4 in groups: bitsandbytes
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qat.errors import RecipeError
+from qat.fake_quant_kernels import nvfp4, two_level
 from qat.fake_quant_kernels.storage import project, project_minimum
 
 # (code - zero_point) spans at most 255 < 2^8 steps: below 2^119 no product leaves fp32's or bf16's range.
@@ -85,6 +98,123 @@ def _straight_through(value: Tensor, stored: Tensor) -> Tensor:
     return stored
 
 
+Parts = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TwoLevel(ScaleGrid):
+    """Scales [R, G] of a whole tensor, each a code times a scale that several groups share.
+
+    words   what the spec of such a tensor has to say, by field of `qat.specs.QuantSpec`
+    extra   stored bits of a row of `words["group_size"]` numbers beside its codes
+    """
+
+    words: tuple[tuple[str, Any], ...] = ()
+    extra: float = 0.0
+    # numbers of a row that share the scale of scales
+    run: int = 1
+
+    def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
+        """fp32 scales [R, G], and minima, as the groups would like them -> what a file holds."""
+        raise NotImplementedError
+
+    def decode(self, parts: Parts) -> tuple[Tensor, Tensor | None]:
+        """What a file holds -> fp32 scales [R, G], and minima, as a consumer computes with."""
+        raise NotImplementedError
+
+    def stored(self, scale: Tensor, minimum: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`decode(encode(...))`; gradients pass straight through."""
+        with torch.no_grad():
+            found, low = self.decode(self.encode(scale, minimum))
+        return _straight_through(scale, found), None if minimum is None or low is None else _straight_through(
+            minimum, low
+        )
+
+
+@dataclass(frozen=True)
+class _SuperBlock(TwoLevel):
+    """ggml's k-quants; parts: sc int8 or uint8 [R, G], d fp16 [R, G / n], and with minima mn, d_min."""
+
+    run: int = two_level.SUPER
+
+    def _kind(self) -> tuple[int, int, bool]:
+        """(groups in a super-block, largest code of a scale, minima)"""
+        size, _, _, top, minima = two_level.KQUANTS[self.name.upper()]
+        return two_level.SUPER // size, top, minima
+
+    def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
+        subs, top, minima = self._kind()
+        sc, d = two_level.super_scales(scale.abs(), subs, top)
+        # a scale of 0 has no sign
+        sc = sc if minima else torch.where(scale < 0, -sc.to(torch.int8), sc.to(torch.int8))
+        parts = {"sc": sc, "d": d.to(torch.float16)}
+        if minimum is not None:
+            mn, d_min = two_level.super_minima(-minimum.clamp(max=0.0), subs, top)
+            parts |= {"mn": mn, "d_min": d_min.to(torch.float16)}
+        return parts
+
+    def decode(self, parts: Parts) -> tuple[Tensor, Tensor | None]:
+        scale = two_level.super_values(parts["sc"], parts["d"].float())
+        if "mn" not in parts:
+            return scale, None
+        return scale, -two_level.super_values(parts["mn"], parts["d_min"].float())
+
+
+@dataclass(frozen=True)
+class _Nvfp4(TwoLevel):
+    """parts: block float8_e4m3fn [R, G], tensor fp32 [1]."""
+
+    @property
+    def _over(self) -> bool:
+        return self.name.endswith("over")
+
+    def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
+        largest = scale.amax().reshape(1) if scale.numel() else scale.new_zeros(1)
+        tensor = nvfp4.tensor_scale(largest * 6.0, self._over)
+        return {"block": nvfp4.scales_of(scale * 6.0, tensor, self._over), "tensor": tensor}
+
+    def decode(self, parts: Parts) -> tuple[Tensor, Tensor | None]:
+        return nvfp4.values_of(parts["block"], parts["tensor"], self._over), None
+
+
+@dataclass(frozen=True)
+class _Nested(TwoLevel):
+    """parts: absmax uint8 [R, G], nested fp32 [ceil(R * G / 256)], offset fp32 [1]."""
+
+    def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
+        offset = scale.mean().reshape(1) if scale.numel() else scale.new_zeros(1)
+        offset = offset.nan_to_num(nan=0.0, posinf=_LARGEST).clamp(max=_LARGEST)
+        codes, nested = two_level.double_encode(scale.contiguous(), offset, _dynamic_map(scale.device))
+        return {"absmax": codes, "nested": nested, "offset": offset}
+
+    def decode(self, parts: Parts) -> tuple[Tensor, Tensor | None]:
+        table = _dynamic_map(parts["absmax"].device)
+        return two_level.double_decode(parts["absmax"], parts["nested"], parts["offset"], table), None
+
+
+@functools.lru_cache(maxsize=8)
+def _dynamic_map(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return two_level.dynamic_map().to(device)
+
+
+def _kquant(name: str, bits_of_scale: int) -> TwoLevel:
+    size, low, high, _, minima = two_level.KQUANTS[name.upper()]
+    words = {
+        "kind": "int",
+        "bits": (high - low).bit_length(),
+        "signed": low < 0,
+        "narrow": False,
+        "granularity": "group",
+        "group_size": size,
+        "zero_point": "float" if minima else "none",
+    }
+    extra = (1 + minima) * (bits_of_scale + 16 * size / two_level.SUPER)
+    return _SuperBlock(name, torch.float32, _FP32_SMALLEST, _LARGEST, tuple(words.items()), extra)
+
+
+_FP4 = (("kind", "fp4"), ("granularity", "group"), ("group_size", 16), ("signed_scale", False))
+_NF4 = (("kind", "nf4"), ("granularity", "group"), ("signed_scale", False))
 SCALE_GRIDS: dict[str, ScaleGrid] = {
     grid.name: grid
     for grid in (
@@ -94,6 +224,10 @@ SCALE_GRIDS: dict[str, ScaleGrid] = {
         ScaleGrid("bf16", torch.bfloat16, _BF16_SMALLEST_NORMAL, _LARGEST),
         ScaleGrid("fp32", torch.float32, _FP32_SMALLEST, _LARGEST),
         *([ScaleGrid("e8m0", _E8M0, _FP32_SMALLEST, _LARGEST)] if _E8M0 else ()),
+        *(_kquant(name, bits) for name, bits in (("q2_k", 4), ("q3_k", 6), ("q4_k", 6), ("q5_k", 6), ("q6_k", 8))),
+        _Nvfp4("nvfp4", torch.float32, _FP32_SMALLEST, _LARGEST, _FP4, 8.0),
+        _Nvfp4("nvfp4_over", torch.float32, _FP32_SMALLEST, _LARGEST, _FP4, 8.0),
+        _Nested("bnb_nested", torch.float32, _FP32_SMALLEST, _LARGEST, _NF4, 8.0),
     )
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from qat.errors import QATError, RecipeError
 from qat.grids import GRIDS, KINDS, TERNARY, Grid, IntGrid
-from qat.scales import SCALE_GRIDS, ScaleGrid
+from qat.scales import SCALE_GRIDS, ScaleGrid, TwoLevel
 
 GRANULARITIES = ("tensor", "channel", "group", "token")
 ZERO_POINTS = ("none", "int", "float")
@@ -89,6 +89,10 @@ class QuantSpec:
             found.append("scale='e8m0' stores powers of two for symmetric grids: no zero points, no signed scales")
         if self.scale not in SCALE_GRIDS:
             found.append(f"scale={self.scale!r} is unknown; use one of {', '.join(SCALE_GRIDS)}")
+        elif isinstance(self.scale_grid, TwoLevel):
+            needs = self.scale_grid.words
+            wrong = ", ".join(f"{word}={value}" for word, value in needs if getattr(self, word) != value)
+            found += [f"scale={self.scale!r} stores scales of one kind of tensor only; use {wrong}"] if wrong else []
         return found
 
     def _kind_reasons(self) -> list[str]:
@@ -103,7 +107,9 @@ class QuantSpec:
 
     def shape_reasons(self, columns: int) -> list[str]:
         """Why rows of `columns` numbers cannot be cut into groups; empty means they can."""
-        size = self.group_size
+        size, grid = self.group_size, self.scale_grid
+        if isinstance(grid, TwoLevel) and (columns % grid.run or not columns):
+            return [f"scale={self.scale!r} needs rows of a multiple of {grid.run} numbers, not {columns}"]
         if size is None or (columns % size == 0 and columns):
             return []
         divisors = [d for d in (16, 32, 64, 128, 256) if columns % d == 0]
@@ -116,6 +122,8 @@ class QuantSpec:
 
     def bits_per_weight(self, columns: int) -> float:
         """Stored bits per weight of a row of `columns` numbers: codes, scales and zero points."""
+        if isinstance(self.scale_grid, TwoLevel):
+            return self.bits + self.scale_grid.extra / (self.group_size or columns)
         extra = {"none": 0, "int": self.bits, "float": self.scale_grid.bits}[self.zero_point]
         per_scale = {"tensor": 0.0, "group": float(self.group_size or 1)}.get(self.granularity, float(columns))
         return self.bits + ((self.scale_grid.bits + extra) / per_scale if per_scale else 0.0)

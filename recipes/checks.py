@@ -32,7 +32,8 @@ DYNAMIC_QUANTIZERS = ("absmax", "minmax")
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 INPUT_GRANULARITIES = ("tensor", "token", "group")
 ZERO_POINTS = ("none", "int", "float")
-SCALES = ("portable", "fp32", "fp16", "bf16", "e8m0")
+TWO_LEVELS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "nvfp4", "nvfp4_over", "bnb_nested")
+SCALES = ("portable", "fp32", "fp16", "bf16", "e8m0", *TWO_LEVELS)
 # grids with bits of their own; integers have those of the recipe
 GRID_BITS = {"ternary": 2, "seq": 2, "binary": 1, "nf4": 4, "iq4_nl": 4, "fp4": 4, "e4m3": 8, "e5m2": 8}
 GRIDS = ("int", *GRID_BITS)
@@ -244,7 +245,7 @@ def _grid(slot: Slot, path: str) -> list[str]:
             found.append(f"{said} scale=e8m0, which has no sign; allowed: false, or another scale")
     if slot.scale == "e8m0" and slot.zero_point != "none":
         said = f'{path}.scale: "e8m0" is not allowed with zero_point={slot.zero_point}'
-        found.append(f"{said}; allowed: {', '.join(SCALES[:-1])}, or zero_point=none")
+        found.append(f"{said}; allowed: {', '.join(name for name in SCALES[:4])}, or zero_point=none")
     return found
 
 

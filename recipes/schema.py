@@ -25,7 +25,9 @@ class Slot:
     zero_point: str = "none"
     # Leave out the most negative code: -127..127 instead of -128..127.
     narrow: bool = False
-    # How a scale is stored: portable | fp32 | fp16 | bf16 | e8m0, powers of two.
+    # How a scale is stored: portable | fp32 | fp16 | bf16 | e8m0, powers of two; for weights also as a code times a
+    # scale that groups share: q2_k | q3_k | q4_k | q5_k | q6_k, ggml's k-quants | nvfp4, as TensorRT-LLM has it, or
+    # nvfp4_over, as compressed-tensors has it | bnb_nested, double quantization of bitsandbytes.
     scale: str = "portable"
     # How a scale is found. Weights: absmax | minmax | mse | lsq; inputs: absmax | minmax | lsq | ema.
     quantizer: str = "absmax"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from benchmarks.quality.grids import GRIDS
 from benchmarks.quality.methods import Case
 from benchmarks.quality.weights import B1
 
-CASES: dict[str, Case] = {"B1": B1}
+CASES: dict[str, Case] = {"B1": B1, "B1 grid": GRIDS}

@@ -38,6 +38,7 @@ class Width:
     bits, narrow   the codes (`qat.grids.IntGrid`), for other libraries and for the count of levels
     slot, input    words of recipes for the weight and the input that every method of ours has here; input None: float
     goals          metric of our method -> what it should reach
+    ggml           llama.cpp's type for this grid
     """
 
     bits: int
@@ -45,6 +46,7 @@ class Width:
     slot: Slot = field(default_factory=dict)
     input: Slot | None = None
     goals: dict[str, float] = field(default_factory=dict)
+    ggml: str | None = None
 
     def levels(self, columns: int) -> int:
         """The most different numbers that a row of `columns` weights can hold."""
@@ -55,7 +57,8 @@ class Width:
 @dataclass(frozen=True)
 class Method:
     """loss    of the training: `ce`, `kl`, or none for methods that do not train
-    peer       another library's builder for a width; None: ours, from `slot`
+    peer       another library's builder for a width
+    ptq        a format's own rounding of a network, in place; neither this nor peer: ours, from `slot`
     slot       words of the weight's slot at every width, `at` those that replace them at one width. The word `init` is
                ours alone: how the weights start, "search" (as they are), "gptq" or "gptq latent"
     input      words of the input's slot, where the width has one
@@ -67,6 +70,7 @@ class Method:
 
     loss: str | None = None
     peer: Callable[[Width], Builder] | None = None
+    ptq: Callable[[Width, nn.Module, Lab], nn.Module] | None = None
     slot: Slot = field(default_factory=dict)
     at: dict[str, Slot] = field(default_factory=dict)
     input: Slot = field(default_factory=dict)
@@ -89,6 +93,7 @@ class Case:
     quick      (widths, methods) of `--quick`
     ratios     metric -> the tools of which the best is divided by
     trials     variants of `OURS` (`--try`)
+    rates      learning rates that are tried; None: those of the suite
     """
 
     lab: type[Lab]
@@ -97,6 +102,7 @@ class Case:
     quick: tuple[tuple[str, ...], tuple[str, ...]]
     ratios: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     trials: Mapping[str, Method] = field(default_factory=dict)
+    rates: tuple[float, ...] | None = None
 
 
 def gptq(model: nn.Module, lab: Lab, latent: bool) -> None:
@@ -119,6 +125,8 @@ def measured(name: str, method: Method, width: str, grid: Width, lab: Lab, rate:
         model = lab.copy()
         if rate is not None:
             _train(lab, method, model, rate)
+    elif method.ptq is not None:
+        model = method.ptq(grid, lab.copy(), lab)
     elif method.peer is not None:
         model = _peers(lab, method, grid, rate)
     else:

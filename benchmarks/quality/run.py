@@ -252,9 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
     quick, dry = options.quick, options.dry_run
     seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [0] if quick else [0, 1, 2]
     seeds = seeds[:1] if options.trial is not None else seeds
-    rates = RATES[2:3] if dry else QUICK_RATES if quick else RATES
     rows: list[Row] = []
-    facts: dict[str, Any] = {"seeds": " ".join(map(str, seeds)), "rates": " ".join(f"{rate:g}" for rate in rates)}
+    facts: dict[str, Any] = {"seeds": " ".join(map(str, seeds))}
     processes = 0 if dry else options.processes
     workers = ProcessPoolExecutor(processes, mp_context=get_context("spawn")) if processes else InTurn()
     with tempfile.TemporaryDirectory() as folder, workers as pool:
@@ -263,10 +262,12 @@ def main(arguments: list[str] | None = None) -> int:
             if not widths or not tools:
                 continue
             began = time.monotonic()
+            rates = RATES[2:3] if dry else QUICK_RATES if quick else CASES[name].rates or RATES
             suite = Suite(Place(name, options.corpus, dry, folder), widths, tools, seeds, rates, pool)
             suite.run()
             rows += suite.rows() if options.trial is None else suite.trial_rows()
             facts |= {f"{name} {key}": value for key, value in suite.facts.items()}
+            facts[f"{name} rates"] = " ".join(f"{rate:g}" for rate in rates)
             facts[f"{name} seconds"] = round(time.monotonic() - began)
     if not rows:
         print(f"no case contains {options.only!r}, or no variant {options.trial!r}", file=sys.stderr)

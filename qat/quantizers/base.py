@@ -3,6 +3,7 @@
     forward(w)   fake-quantized weight, shape and dtype of w      final: rounds once, by the spec's grid (`qat.grids`)
     integers(w)  the same rounding as a QTensor                    final
     qparams(w)   what a subclass writes: the stored fields         small ordinary autograd
+                 (where scales have two levels: those that its groups would like; `stored` makes the others of them)
 
 so `quantizer(w) == quantizer.integers(w).dequantize()` holds bit for bit for quantizers that do not exist yet.
 
@@ -28,6 +29,7 @@ from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.grids import FloatGrid
 from qat.layout import Layout
 from qat.qtensor import Fields, QTensor
+from qat.scales import TwoLevel
 from qat.specs import QuantSpec
 
 
@@ -137,6 +139,8 @@ class Quantizer(nn.Module):
             found.append(
                 f"quantizer={cls.name!r} keeps one scale per input; use granularity=tensor, not {spec.granularity}"
             )
+        if activation and isinstance(spec.scale_grid, TwoLevel):
+            found.append(f"scale={spec.scale!r} is for weights: its scale of scales would depend on the whole batch")
         if activation and spec.signed_scale:
             found.append("signed_scale=true is for weights")
         if activation and spec.granularity == "channel":
@@ -157,9 +161,18 @@ class Quantizer(nn.Module):
 
     @final
     def fields(self, w_RK: Tensor) -> Fields:
-        """`qparams` of rows in any float dtype."""
+        """The fields that decode rows in any float dtype."""
         looks = not self.keeps_fields or self.layout.kind == "tokens"
-        return self.qparams(w_RK.float() if looks else w_RK)
+        return self.stored(self.qparams(w_RK.float() if looks else w_RK))
+
+    @final
+    def stored(self, wanted: Fields) -> Fields:
+        """`wanted` as two levels of scales can hold them; others are stored as they are."""
+        grid = self.live_spec.scale_grid
+        if not isinstance(grid, TwoLevel):
+            return wanted
+        scale, minimum = grid.stored(wanted.scale, wanted.minimum)
+        return Fields(scale, None, minimum)
 
     @final  # type: ignore[misc]
     def forward(self, w: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -168,7 +181,8 @@ class Quantizer(nn.Module):
         layout = self.rows_layout(w)
         with torch.autocast(device_type=w.device.type, enabled=False):
             rows = layout.to_rows(w).float()
-            fake = self.live_spec.grid.fake_quantize(rows, *self.qparams(rows), self.identity_gradient)
+            fields = self.stored(self.qparams(rows))
+            fake = self.live_spec.grid.fake_quantize(rows, *fields, self.identity_gradient)
             return layout.from_rows(fake).to(out_dtype or w.dtype)
 
     @final
@@ -216,6 +230,10 @@ class Quantizer(nn.Module):
             rows = layout.to_rows(w).float()
             spec = self.live_spec
             scale, zero, minimum = self.qparams(rows)
+            parts = {}
+            if isinstance(spec.scale_grid, TwoLevel):
+                parts = spec.scale_grid.encode(scale, minimum)
+                scale, minimum = spec.scale_grid.decode(parts)
             codes = spec.grid.encode(rows, scale, zero, minimum)
             stored = spec.scale_grid.dtype
             return QTensor(
@@ -226,6 +244,7 @@ class Quantizer(nn.Module):
                 spec=spec,
                 layout=layout,
                 out_dtype=out_dtype or w.dtype,
+                parts=parts,
             )
 
     @final
@@ -281,13 +300,16 @@ def fields_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> Fields:
         return scales_of_amax(torch.maximum(-low, high), spec)
     grid = spec.int_grid
     half, real = spec.scale_grid.name == "portable", spec.zero_point == "float"
+    if isinstance(spec.scale_grid, TwoLevel):
+        # stored minima are never positive
+        low = low.clamp(max=0.0)
     found = ranges.fields_of_range(low, high, 1.0 / grid.steps, grid.qmin, grid.qmax, *_bounds(spec), half, real)
     return _asymmetric(*found, spec)
 
 
 def fused_absmax(w_RK: Tensor, spec: QuantSpec, form: str) -> tuple[Tensor, Fields] | None:
     """`Quantizer.fused` with `absmax_fields`."""
-    if spec.granularity == "tensor" or not spec.is_int or spec.scale == "e8m0":
+    if spec.granularity == "tensor" or not spec.is_int or spec.scale == "e8m0" or isinstance(spec.scale_grid, TwoLevel):
         return None
     grid, groups = spec.int_grid, spec.groups(w_RK.shape[1])
     how = groups, 1.0 / grid.reach, grid.qmin, grid.qmax, *_bounds(spec)
@@ -300,7 +322,7 @@ def fused_absmax(w_RK: Tensor, spec: QuantSpec, form: str) -> tuple[Tensor, Fiel
 
 def fused_minmax(w_RK: Tensor, spec: QuantSpec, form: str) -> tuple[Tensor, Fields] | None:
     """`Quantizer.fused` with `minmax_fields`."""
-    if spec.granularity == "tensor":
+    if spec.granularity == "tensor" or isinstance(spec.scale_grid, TwoLevel):
         return None
     grid, groups = spec.int_grid, spec.groups(w_RK.shape[1])
     half, real, packed = spec.scale_grid.name == "portable", spec.zero_point == "float", form == HALVES

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from qat.fake_quant_kernels import mse_search
-from qat.fake_quant_kernels.fields import amax_of
+from qat.fake_quant_kernels.fields import amax_of, range_of
 from qat.qtensor import Fields
 from qat.quantizers.base import Quantizer, joined, scales_of_amax, split
+from qat.scales import TwoLevel
 from qat.specs import QuantSpec
 
 CANDIDATES = 60
@@ -84,6 +85,11 @@ def _search_integers(w_RK: Tensor, spec: QuantSpec, importance: Tensor | None) -
         # per tensor all numbers are one row
         importance.reshape(-1) if whole and importance is not None else importance,
     )
+    if kind == 2 and isinstance(stored, TwoLevel):
+        # stored minima are never positive
+        above = offset > 0
+        high = range_of(w_RK, spec.groups(w_RK.shape[1]))[1]
+        scale, offset = torch.where(above, high * (1.0 / grid.steps), scale), offset.clamp(max=0.0)
     return Fields(scale, offset if kind == 1 else None, offset if kind == 2 else None), error
 
 

@@ -48,7 +48,7 @@ from qat.layout import Layout
 from qat.plan import PlanRow
 from qat.quantizers import Quantizer, make_quantizer, mse, quantizers
 from qat.registry import discover
-from qat.scales import SCALE_GRIDS
+from qat.scales import SCALE_GRIDS, TwoLevel
 from qat.specs import QuantSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,10 +64,17 @@ def specs(quantizer: str, granularities: tuple[str, ...], activation: bool) -> I
     """Every spec that the quantizer does not refuse."""
     axes = product(GRID_KINDS, range(1, 9), SIGNS, granularities, ("none", "int", "float"), SCALE_GRIDS, (False, True))
     for kind, bits, (signed, narrow), granularity, zero, scale, either in axes:
-        size = SIZE if granularity == "group" else None
+        two_level = dict(getattr(SCALE_GRIDS[scale], "words", ()))
+        size = two_level.get("group_size", SIZE) if granularity == "group" else None
         spec = QuantSpec(bits, signed, narrow, granularity, size, zero, scale, quantizer, kind, either)
         if not quantizers()[quantizer].reasons(spec, activation=activation):
             yield spec
+
+
+def shape_of(spec: QuantSpec) -> tuple[int, int]:
+    """Of a weight whose rows can be cut into the spec's groups."""
+    run = spec.scale_grid.run if isinstance(spec.scale_grid, TwoLevel) else 1
+    return SHAPE[0], 2 * max(SIZE, run)
 
 
 def sample(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -97,6 +104,12 @@ def assert_law(quantizer: Quantizer, w: Tensor, held_by: list[Format], count: Co
     size = scale.abs() if spec.signed_scale else scale
     assert bool((torch.isfinite(scale) & (size > 0)).all()), context
     assert torch.equal(spec.scale_grid.project(size), size), f"{context}: the stored scale is not on its grid"
+    if isinstance(spec.scale_grid, TwoLevel):
+        decoded = spec.scale_grid.decode(dict(tensor.parts))
+        for found, wanted in zip(decoded, (tensor.scale, tensor.minimum), strict=True):
+            assert (found is None) == (wanted is None) and (found is None or torch.equal(found, wanted)), context
+    else:
+        assert not tensor.parts, context
     if tensor.zero_point is not None:
         assert lo <= int(tensor.zero_point.min()) <= int(tensor.zero_point.max()) <= hi, context
     if tensor.minimum is not None:
@@ -194,8 +207,8 @@ def test_law_for_weights(name: str, record_property: Callable[[str, object], Non
     for index, spec in enumerate(specs(name, ("tensor", "channel", "group"), False)):
         held_by = holders(spec)
         for dtype in DTYPES:
-            w = sample(SHAPE, dtype, index)
-            quantizer = make_quantizer(spec, Layout(SHAPE))
+            w = sample(shape_of(spec), dtype, index)
+            quantizer = make_quantizer(spec, Layout(shape_of(spec)))
             for parameter in quantizer.learned():
                 parameter.data = parameter.data.to(dtype)
             quantizer.init_from(w)
@@ -278,7 +291,8 @@ def every_spec() -> st.SearchStrategy[QuantSpec]:
 def test_any_finite_values(spec: QuantSpec, data: st.DataObject, dtype: torch.dtype) -> None:
     pool = data.draw(st.lists(st.sampled_from(sorted(FAMILIES)), min_size=1, max_size=3))
     values = data.draw(st.lists(st.sampled_from([v for f in pool for v in FAMILIES[f]]), min_size=4, max_size=16))
-    w = torch.tensor(values).repeat(2 * SIZE // len(values) + 1)[: 2 * SIZE].reshape(1, -1).to(dtype)
+    columns = shape_of(spec)[1]
+    w = torch.tensor(values).repeat(columns // len(values) + 1)[:columns].reshape(1, -1).to(dtype)
     w = w.nan_to_num(posinf=torch.finfo(dtype).max, neginf=torch.finfo(dtype).min)
     quantizer = make_quantizer(spec, Layout(tuple(w.shape)))
     quantizer.init_from(w)
@@ -293,7 +307,7 @@ def test_any_finite_values(spec: QuantSpec, data: st.DataObject, dtype: torch.dt
 @given(every_spec(), st.sampled_from([float("nan"), float("inf"), float("-inf")]), st.integers(0, 2 * SIZE - 1))
 def test_numbers_that_are_not_finite(spec: QuantSpec, value: float, at: int) -> None:
     """Codes are refused in words; a forward never makes a scale that is NaN, infinite or not positive."""
-    w = torch.linspace(-1, 1, 2 * SIZE).reshape(1, -1)
+    w = torch.linspace(-1, 1, shape_of(spec)[1]).reshape(1, -1)
     quantizer = make_quantizer(spec, Layout(tuple(w.shape)))
     quantizer.init_from(w)
     w[0, at] = value
@@ -303,12 +317,12 @@ def test_numbers_that_are_not_finite(spec: QuantSpec, value: float, at: int) -> 
     def usable(scale: Tensor) -> bool:
         return bool((torch.isfinite(scale) & ((scale.abs() if spec.signed_scale else scale) > 0)).all())
 
-    found = quantizer.qparams(w)
+    found = quantizer.fields(w)
     assert usable(found.scale)
     for field in (found.zero, found.minimum):
         assert field is None or bool(torch.isfinite(field).all())
     quantizer.init_from(w)
-    found = quantizer.qparams(w)
+    found = quantizer.fields(w)
     assert usable(found.scale)
 
 

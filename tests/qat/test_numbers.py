@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ import qat
 from qat.grids import GRIDS, IntGrid
 from qat.layout import Layout
 from qat.qtensor import QTensor, tensor_sha256
-from qat.quantizers import make_quantizer, mse, quantizer_class
+from qat.quantizers import make_quantizer, mse, quantizer_class, quantizers
 from qat.quantizers.base import fields_of_range, joined, range_of_fields, scales_of_amax, split
-from qat.scales import SCALE_GRIDS, scale_grid
+from qat.recipes.checks import SCALES
+from qat.scales import SCALE_GRIDS, TwoLevel, scale_grid
 from qat.specs import QuantSpec
 
 # bits, signed, narrow -> qmin, qmax
@@ -277,16 +279,20 @@ def test_a_learned_scale_follows_its_formula() -> None:
 @pytest.mark.parametrize("scale", SCALE_GRIDS)
 def test_stored_scales_survive_a_cast_of_the_module(scale: str) -> None:
     """bf16-true casts every buffer: searched and frozen scales are sums of bf16 numbers, so nothing is lost."""
-    w = torch.randn(4, 16)
+    w = torch.randn(4, 256)
+    grid = SCALE_GRIDS[scale]
+    words: dict[str, Any] = dict(grid.words) if isinstance(grid, TwoLevel) else {"signed": False, "zero_point": "float"}
     for name in ("mse", "lsq"):
-        quantizer = make_quantizer(
-            QuantSpec(4, False, zero_point="float", scale=scale, quantizer=name), Layout((4, 16))
-        )
+        spec = QuantSpec(**{"bits": 4, "scale": scale, "quantizer": name, **words})
+        if spec.granularity == "group" and spec.group_size is None:
+            spec = replace(spec, group_size=64)
+        quantizer = make_quantizer(spec, Layout((4, 256)))
         quantizer.init_from(w)
         before = quantizer.integers(w)
         after = quantizer.to(torch.bfloat16).integers(w)
         assert torch.equal(before.codes, after.codes) and torch.equal(before.scale, after.scale)
-        assert before.minimum is not None and torch.equal(before.minimum, after.minimum)
+        assert (before.minimum is None) == (spec.zero_point == "none")
+        assert before.minimum is None or (after.minimum is not None and torch.equal(before.minimum, after.minimum))
 
 
 def test_a_moving_range(recipe: Any) -> None:
@@ -365,3 +371,61 @@ def test_a_scale_takes_the_sign_that_serves_it() -> None:
 
     plain = mse.search(w, QuantSpec(3, granularity="group", group_size=8, quantizer="mse")).scale
     assert float(error(scale)[1]) < float(error(plain)[1]) and float(error(scale)[0]) == float(error(plain)[0])
+
+
+# ---- scales of two levels --------------------------------------------------------------------------------------------
+
+TWO_LEVELS = [name for name, grid in SCALE_GRIDS.items() if isinstance(grid, TwoLevel)]
+
+
+@pytest.mark.parametrize("name", TWO_LEVELS)
+def test_scales_of_two_levels(name: str) -> None:
+    """As near as the codes allow, in what a file holds, with gradients as if nothing had been rounded. Mutations:
+    `decode` takes no minima; a sign is lost; `stored` detaches."""
+    grid = SCALE_GRIDS[name]
+    assert isinstance(grid, TwoLevel)
+    words = dict(grid.words)
+    g = torch.Generator().manual_seed(3)
+    scale = (torch.rand(3, 32, generator=g) + 0.1).requires_grad_()
+    minimum = -torch.rand(3, 32, generator=g) if words.get("zero_point") == "float" else None
+    stored, low = grid.stored(scale, minimum)
+    parts = grid.encode(scale.detach(), minimum)
+    assert torch.equal(stored, grid.decode(parts)[0]) and (low is None) == (minimum is None)
+    steps = {"q2_k": 15, "q3_k": 31, "q4_k": 63, "q5_k": 63, "q6_k": 127}
+    if name in steps:
+        half = 0.51 * float(scale.detach().max()) / steps[name]
+        assert int(parts["sc"].min()) >= 1 and int(parts["sc"].max()) == steps[name]
+        assert parts["d"].dtype == torch.float16 and float((stored - scale).abs().max()) <= half
+        if low is not None and minimum is not None:
+            assert float((low - minimum).abs().max()) <= 0.51 * float(-minimum.min()) / steps[name]
+            assert float(grid.stored(scale, minimum.abs())[1].abs().max()) == 0.0  # type: ignore[union-attr]
+        else:
+            assert torch.equal(grid.stored(-scale, None)[0], -stored)
+    else:
+        assert float(((stored - scale).abs() / scale).max()) <= (0.07 if name.startswith("nvfp4") else 0.16)
+    (grad,) = torch.autograd.grad(stored.sum(), scale)
+    assert torch.equal(grad, torch.ones_like(scale))
+
+
+def test_scales_of_two_levels_are_for_one_kind_of_tensor() -> None:
+    """In words, with what to write instead."""
+    assert set(SCALE_GRIDS) == set(SCALES)
+    found = QuantSpec(4, granularity="group", group_size=32, scale="q4_k").reasons()
+    assert found == ["scale='q4_k' stores scales of one kind of tensor only; use signed=False, zero_point=float"]
+    spec = QuantSpec(3, granularity="group", group_size=16, scale="q3_k")
+    assert not spec.reasons() and not spec.shape_reasons(512)
+    assert spec.shape_reasons(384) == ["scale='q3_k' needs rows of a multiple of 256 numbers, not 384"]
+    sizes = {"q2_k": 2.625, "q3_k": 3.4375, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625, "nvfp4": 4.5, "bnb_nested": 4.125}
+    for name, size in sizes.items():
+        grid = SCALE_GRIDS[name]
+        assert isinstance(grid, TwoLevel)
+        spec = QuantSpec(**{"bits": 4, "scale": name, "group_size": 64, **dict(grid.words)})
+        assert spec.bits_per_weight(512) == size
+    assert any("is for weights" in reason for reason in make_reasons("absmax", "nvfp4"))
+
+
+def make_reasons(quantizer: str, scale: str) -> list[str]:
+    grid = SCALE_GRIDS[scale]
+    assert isinstance(grid, TwoLevel)
+    spec = QuantSpec(**{"bits": 4, "scale": scale, "quantizer": quantizer, **dict(grid.words)})
+    return quantizers()[quantizer].reasons(spec, activation=True)
