@@ -1,6 +1,7 @@
-"""GGUF, the file of llama.cpp: Q4_0 and Q8_0 weights of Llama-like models, one file `model.gguf`.
+"""GGUF, the file of llama.cpp: Q4_0, Q8_0 and k-quant weights of Llama-like models, one file `model.gguf`.
 
-A signed grid without zero point goes into the smallest type that holds its codes, exactly (`qat.export.ggml_blocks`):
+Scales of two levels (`scale: q2_k` .. `q6_k`, `qat.scales`) are the k-quant of that name (`qat.export.ggml_kquants`). A
+signed grid without zero point goes into the smallest type that holds its codes, exactly (`qat.export.ggml_blocks`):
 
     bits 1..4   Q4_0    4.5 bits per weight
     bits 5..8   Q8_0    8.5 bits per weight
@@ -25,13 +26,14 @@ from torch import Tensor
 
 from qat.convert import Bundle
 from qat.errors import ExportError
-from qat.export import ggml_blocks, gguf_model
+from qat.export import ggml_blocks, ggml_kquants, gguf_model
 from qat.export.format import Entry, Format, TensorStream
 from qat.export.gguf_tokenizer import add_tokenizer, compare_tokens, tokenizer_reasons
 from qat.export.llama_cpp import installed
 from qat.layout import Layout
 from qat.plan import PlanRow
 from qat.qtensor import QTensor
+from qat.scales import TwoLevel
 from qat.specs import QuantSpec
 
 FILE = "model.gguf"
@@ -56,7 +58,7 @@ class Gguf(Format):
             found.append(f"{row.type} has no place in a Llama-like GGUF file; add a rule with keep_float: true")
         found += self._spec_reasons(row.weight)
         step = row.weight.group_size or row.columns
-        if step % ggml_blocks.BLOCK:
+        if step % ggml_blocks.BLOCK and not _kquant(row.weight):
             what = f"group_size={step}" if row.weight.group_size else f"rows of {row.columns} numbers"
             found.append(f"{what}: GGUF blocks are {ggml_blocks.BLOCK} numbers; use group_size=32 or keep_float: true")
         return found
@@ -66,6 +68,8 @@ class Gguf(Format):
         found = []
         bits = 4 if spec.bits <= 4 else 8
         nearest = _NEAREST % (bits, f"Q{bits}_0")
+        if _kquant(spec):
+            return []
         if not spec.is_int:
             return [f"grid {spec.kind}: Q4_0 and Q8_0 hold integers; {nearest}"]
         if spec.zero_point != "none":
@@ -97,6 +101,8 @@ class Gguf(Format):
     def pack(self, name: str, weight: QTensor) -> dict[str, Tensor]:
         """{ggml type: uint8 [R, bytes of a row]}."""
         kind = self._type(weight.spec)
+        if _kquant(weight.spec):
+            return {kind: ggml_kquants.encode_super_blocks(kind, weight.codes, weight.parts)}
         if not torch.equal(weight.scale.to(torch.float16).float(), weight.scale.float()):
             raise ExportError(f"{name}: scales stored in fp16 would be rounded; use scale: portable")
         return {kind: ggml_blocks.encode_blocks(kind, weight.codes, weight.scale)}
@@ -104,6 +110,11 @@ class Gguf(Format):
     def unpack(self, packed: dict[str, Tensor], spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> QTensor:
         """Raises ExportError if the blocks of one group carry different scales."""
         (kind, data), *_ = packed.items()
+        grid = spec.scale_grid
+        if isinstance(grid, TwoLevel):
+            codes, parts = ggml_kquants.decode_super_blocks(kind, data)
+            scale, minimum = grid.decode(parts)
+            return QTensor(codes, scale, None, minimum, spec, layout, out_dtype, parts)
         codes, scale = ggml_blocks.decode_blocks(kind, data)
         if spec.granularity == "tensor":
             scale = scale.reshape(1, -1)
@@ -116,6 +127,8 @@ class Gguf(Format):
 
     @staticmethod
     def _type(spec: QuantSpec) -> str:
+        if _kquant(spec):
+            return spec.scale.upper()
         kind = ggml_blocks.smallest_type(spec.int_grid.qmin, spec.int_grid.qmax)
         if kind is None:
             raise ExportError(f"{spec} has codes beyond 8 signed bits")
@@ -222,6 +235,11 @@ class Gguf(Format):
     def versions(self) -> dict[str, str]:
         found = {"gguf": _version("gguf")}
         return {**found, "xllamacpp": _version("xllamacpp")} if installed() else found
+
+
+def _kquant(spec: QuantSpec) -> bool:
+    """Whether the scales are a k-quant's, which also says the type."""
+    return spec.scale.upper() in ggml_kquants.SIZES
 
 
 def _version(package: str) -> str:
