@@ -1,15 +1,16 @@
 """Write README's tables and picture from results files, so that every number in README was measured.
 
-    python docs/readme_results.py            benchmarks/results/{demo,cpu,backward,quality}.json -> README.md,
-                                             docs/{cost,quality}.md and docs/results.svg
+    python docs/readme_results.py            benchmarks/results/{demo,cpu,backward,quality,trials}.json -> README.md,
+                                             docs/{cost,quality,experiments}.md and docs/results.svg
     python docs/readme_results.py --check    change nothing; exit 1 if a page differs from what would be written
 
 A results file holds {"environment": {name: value}, "rows": [{suite, case, tool, metric, value, better}, ...]}; rows may
 have a goal too. The rows of the suite `demo` become a table with a line for each case and tool and a column for each
 metric, in the order in which they come; the picture shows the metric that is drawn (`DRAWN`). Those of the suite `cpu`
 become a second table, between markers of its own: a line for each case, a column for each tool, and in each cell the
-two metrics of `CELL`. Those of the suite `backward` become a table in docs/cost.md, those of `quality` one in
-docs/quality.md: a line for each tool, a column for each case.
+two metrics of `CELL`. Those of the suite `backward` become a table in docs/cost.md, those of `quality` one for
+each case in docs/quality.md: a line for each tool, a column for each width. Those of `trials` become one in
+docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -44,8 +45,14 @@ QUALITY_PAGE = ROOT / "docs" / "quality.md"
 QUALITY = ROOT / "benchmarks" / "results" / "quality.json"
 QUALITY_START, QUALITY_END = "<!-- quality:start -->", "<!-- quality:end -->"
 QUALITY_COMMAND = "make bench-quality"
-# the metric of the lines of tools, and what stands for the spread of its seeds
-DISTANCE, DEVIATION = "kl", "kl, standard deviation"
+# what stands for the spread of a metric's seeds, and what metrics are called
+SPREAD = "standard deviation"
+NAMES = {"kl": "KL to the float model"}
+TRIALS_PAGE = ROOT / "docs" / "experiments.md"
+TRIALS = ROOT / "benchmarks" / "results" / "trials.json"
+TRIALS_START, TRIALS_END = "<!-- trials:start -->", "<!-- trials:end -->"
+TRIALS_COMMAND = "python -m benchmarks.quality --try"
+DEFAULT = "default"
 ARROWS = {"lower": "↓", "higher": "↑"}
 NOTHING_YET = "Run `make demo`: it measures on your machine and writes the table, the plots and the figures."
 
@@ -137,26 +144,57 @@ def backward_block(results: Path) -> str:
 
 
 def quality_block(results: Path) -> str:
-    """What stands between the markers of docs/quality.md: means over seeds and their spread, then our ratios."""
+    """What stands between the markers of docs/quality.md: for each case a table with a column for each width."""
     if not results.is_file():
         return f"Run `{QUALITY_COMMAND}`: it measures on your machine and writes the figures."
     environment, rows = read(results, "quality")
     means = [row for row in rows if "seed" not in row]
+    families = list(dict.fromkeys(row["case"].rpartition(" ")[0] for row in means))
+    shown = "\n\n".join(
+        family_table(family, [row for row in means if row["case"].rpartition(" ")[0] == family]) for family in families
+    )
+    measured = ", ".join(f"{name} {value}" for name, value in environment.items() if not isinstance(value, dict | list))
+    return f"{shown}\n\nMeasured by `{QUALITY_COMMAND}` with {measured}."
+
+
+def family_table(family: str, means: list[Row]) -> str:
+    """A case's first metric by tool and width, mean and spread over seeds, and our ratios to others."""
+    metric, better = means[0]["metric"], means[0]["better"]
     values = {(row["case"], row["tool"], row["metric"]): row["value"] for row in means}
     cases = list(dict.fromkeys(row["case"] for row in means))
-    lines = ["| KL to the float model ↓ | " + " | ".join(cases) + " |", "|---|" + "---:|" * len(cases)]
+    widths = [case.rpartition(" ")[2] for case in cases]
+    name = NAMES.get(metric, metric)
+    lines = [f"| {family}: {name} {ARROWS[better]} | " + " | ".join(widths) + " |", "|---|" + "---:|" * len(cases)]
     for tool in dict.fromkeys(row["tool"] for row in means):
-        found = [[values.get((case, tool, metric)) for metric in (DISTANCE, DEVIATION)] for case in cases]
+        found = [[values.get((case, tool, which)) for which in (metric, f"{metric}, {SPREAD}")] for case in cases]
         if all(mean is None for mean, _ in found):
             continue
         cells = ["" if m is None else number(m) + ("" if s is None else f" ± {s:.1g}") for m, s in found]
         lines.append(f"| {tool} | " + " | ".join(cells) + " |")
-    for metric in dict.fromkeys(row["metric"] for row in means if " / " in row["metric"]):
-        shown = {case: value for (case, _, name), value in values.items() if name == metric}
-        cells = [f"{shown[case]:.2f}" if case in shown else "" for case in cases]
-        lines.append(f"| *qat: {metric}* | " + " | ".join(cells) + " |")
+    for ratio in dict.fromkeys(row["metric"] for row in means if " / " in row["metric"]):
+        at = {case: value for (case, _, which), value in values.items() if which == ratio}
+        cells = [f"{at[case]:.2f}" if case in at else "" for case in cases]
+        lines.append(f"| *qat: {ratio}* | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def trials_block(results: Path) -> str:
+    """What stands between the markers of docs/experiments.md: KL of every variant over that of the default."""
+    if not results.is_file():
+        return f"Run `{TRIALS_COMMAND}`: it measures on your machine and writes the figures."
+    environment, rows = read(results, "trials")
+    values = {(row["case"], row["tool"]): row["value"] for row in rows if row["metric"] == "kl"}
+    cases = list(dict.fromkeys(case for case, _ in values))
+    lines = ["| variant | " + " | ".join(cases) + " |", "|---|" + "---:|" * len(cases)]
+    for tool in dict.fromkeys(tool for _, tool in values):
+        cells = []
+        for case in cases:
+            value, default = values.get((case, tool)), values.get((case, DEFAULT))
+            over = f" ({value / default:.2f})" if value is not None and default and tool != DEFAULT else ""
+            cells.append("" if value is None else f"{number(value)}{over}")
+        lines.append(f"| {tool} | " + " | ".join(cells) + " |")
     measured = ", ".join(f"{name} {value}" for name, value in environment.items() if not isinstance(value, dict | list))
-    return "\n".join([*lines, "", f"Measured by `{QUALITY_COMMAND}` with {measured}."])
+    return "\n".join([*lines, "", f"Measured by `{TRIALS_COMMAND}` with {measured}."])
 
 
 def drawn(rows: list[Row]) -> str:
@@ -203,11 +241,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     options = parser.parse_args(arguments)
     try:
-        old = {page: page.read_text(encoding="utf-8") for page in (README, COST, QUALITY_PAGE)}
+        old = {page: page.read_text(encoding="utf-8") for page in (README, COST, QUALITY_PAGE, TRIALS_PAGE)}
         first = replaced(replaced(old[README], block(RESULTS)), speed_block(SPEED), SPEED_START, SPEED_END)
         quality = replaced(old[QUALITY_PAGE], quality_block(QUALITY), QUALITY_START, QUALITY_END)
         cost = replaced(old[COST], backward_block(BACKWARD), BACKWARD_START, BACKWARD_END)
-        new = {README: first, COST: cost, QUALITY_PAGE: quality}
+        trials = replaced(old[TRIALS_PAGE], trials_block(TRIALS), TRIALS_START, TRIALS_END)
+        new = {README: first, COST: cost, QUALITY_PAGE: quality, TRIALS_PAGE: trials}
         if options.check:
             return int(old != new)
         if RESULTS.is_file():

@@ -3,7 +3,8 @@
     python -m benchmarks.quality                    three seeds, every method -> benchmarks/results/quality.json
     python -m benchmarks.quality --quick            one seed, two widths, fewer methods and learning rates; the same
                                                     file only with --out
-    python -m benchmarks.quality --only 'B1 W4'     cases whose name contains this
+    python -m benchmarks.quality --only 'B1 W4'     cases whose name contains this; with --out, in place of those that
+                                                    the file holds
     python -m benchmarks.quality --corpus synthetic bytes that do not depend on the Python version
     python -m benchmarks.quality --try [SUBSTRING]  variants of our method on the tuning split of the first seed; all of
                                                     them: benchmarks/results/trials.json
@@ -17,6 +18,7 @@ split of the first seed (for the float control: the least negative log-likelihoo
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -35,7 +37,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from benchmarks.common import RESULTS, Missing, Row, environment, missing, row, save, verdict
+from benchmarks.common import RESULTS, Missing, Row, environment, missing, revision, row, save, verdict
 from benchmarks.quality.bytes_lm import CORPORA
 from benchmarks.quality.cases import CASES
 from benchmarks.quality.lab import Lab, Scores
@@ -267,6 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
             suite.run()
             rows += suite.rows() if options.trial is None else suite.trial_rows()
             facts |= {f"{name} {key}": value for key, value in suite.facts.items()}
+            facts[f"{name} revision"] = revision()
             facts[f"{name} rates"] = " ".join(f"{rate:g}" for rate in rates)
             facts[f"{name} seconds"] = round(time.monotonic() - began)
     if not rows:
@@ -277,10 +280,29 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or (RESULTS / f"{SUITE if options.trial is None else TRIED}.json" if whole else None)
     if out is not None:
         torch.set_num_threads(1)
-        save(out, environment(**facts, processes=processes), rows)
+        where = environment(**facts, processes=processes)
+        save(out, *(added(out, where, rows) if options.only and out.exists() else (where, rows)))
     # tiny sizes say nothing about goals
     print(f"{len(rows)} rows" if dry else verdict(rows))
     return 0
+
+
+def added(file: Path, where: dict[str, Any], rows: list[Row]) -> tuple[dict[str, Any], list[Row]]:
+    """Environment and rows of a file in which these cases are replaced; the others keep their commit."""
+    old = json.loads(file.read_text(encoding="utf-8"))
+    now = {row["case"] for row in rows}
+    kept = [row for row in old["rows"] if row["case"] not in now]
+    before = {f"{case} revision": old["environment"]["revision"] for case in CASES if _has(kept, case)}
+    return {**before, **old["environment"], **where}, sorted([*kept, *rows], key=lambda row: _order(row["case"]))
+
+
+def _has(rows: Sequence[Row], name: str) -> bool:
+    return any(_order(row["case"]) == list(CASES).index(name) for row in rows)
+
+
+def _order(case: str) -> int:
+    """Where the case of a width, "B1 W4", stands among all cases."""
+    return next((i for i, (n, c) in enumerate(CASES.items()) if case.removeprefix(f"{n} ") in c.widths), len(CASES))
 
 
 def chosen(name: str, options: argparse.Namespace) -> tuple[list[str], list[str]]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,6 +160,17 @@ def test_trials(capsys: pytest.CaptureFixture[str]) -> None:
     """Scores of variants by width."""
     assert run.main(["--dry-run", "--corpus", "synthetic", "--only", "B1 W2", "--try", "start: search"]) == 0
     assert re.search(r"B1 W2 +start: search +kl +0\.", capsys.readouterr().out)
+
+
+def test_cases_are_added_to_a_file(tmp_path: Path) -> None:
+    """Those that were measured replace their own; the others keep their commit. Mutation: all old rows kept."""
+    file = tmp_path / "q.json"
+    old = [{"case": "B1 W2", "value": 1}, {"case": "B1 W4", "value": 2}]
+    file.write_text(json.dumps({"environment": {"revision": "old", "chip": "a"}, "rows": old}))
+    new = [{"case": "B1 W2", "value": 3}, {"case": "B1 grid W4A4", "value": 4}]
+    where, rows = run.added(file, {"revision": "new"}, new)
+    assert where == {"revision": "new", "chip": "a", "B1 revision": "old"}
+    assert [(row["case"], row["value"]) for row in rows] == [("B1 W4", 2), ("B1 W2", 3), ("B1 grid W4A4", 4)]
 
 
 def test_no_case() -> None:

@@ -37,8 +37,11 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(generator, "BACKWARD", tmp_path / "backward.json")
     monkeypatch.setattr(generator, "QUALITY_PAGE", tmp_path / "quality.md")
     monkeypatch.setattr(generator, "QUALITY", tmp_path / "quality.json")
+    monkeypatch.setattr(generator, "TRIALS_PAGE", tmp_path / "experiments.md")
+    monkeypatch.setattr(generator, "TRIALS", tmp_path / "trials.json")
     (tmp_path / "cost.md").write_text(f"a\n{generator.BACKWARD_START}\nold 9\n{generator.BACKWARD_END}\nz\n")
     (tmp_path / "quality.md").write_text(f"b\n{generator.QUALITY_START}\nold 6\n{generator.QUALITY_END}\ny\n")
+    (tmp_path / "experiments.md").write_text(f"c\n{generator.TRIALS_START}\nold 5\n{generator.TRIALS_END}\nx\n")
     second = f"{generator.SPEED_START}\nold 8\n{generator.SPEED_END}"
     (tmp_path / "README.md").write_text(f"before\n{generator.START}\nold 7\n{generator.END}\n{second}\nafter\n")
     (tmp_path / "demo.json").write_text(json.dumps(RESULTS))
@@ -55,6 +58,9 @@ def test_readme_is_what_the_results_file_says() -> None:
     quality, fourth = generator.QUALITY_PAGE.read_text(encoding="utf-8"), generator.quality_block(generator.QUALITY)
     marks = generator.QUALITY_START, generator.QUALITY_END
     assert quality == generator.replaced(quality, fourth, *marks), "run `make docs`"
+    trials, fifth = generator.TRIALS_PAGE.read_text(encoding="utf-8"), generator.trials_block(generator.TRIALS)
+    marks = generator.TRIALS_START, generator.TRIALS_END
+    assert trials == generator.replaced(trials, fifth, *marks), "run `make docs`"
     assert generator.RESULTS.is_file() == generator.PICTURE.is_file()
 
 
@@ -123,21 +129,36 @@ def test_writes_the_fourth_table_on_its_page(tree: Path) -> None:
         return {**fields, "better": "lower", **more}
 
     rows = [
-        row("W4", "GPTQ", "kl", 0.5),
-        row("W4", "GPTQ", "kl", 0.77, seed=1),
-        row("W4", "GPTQ", "kl, standard deviation", 0.0123),
-        row("W2", "qat", "kl", 0.25),
-        row("W2", "qat", "nll_gap", 0.1),
-        row("W2", "qat", "kl / GPTQ", 0.505),
-        row("W2", "no distance", "nll_gap", 0.1),
+        row("B1 W4", "GPTQ", "kl", 0.5),
+        row("B1 W4", "GPTQ", "kl", 0.77, seed=1),
+        row("B1 W4", "GPTQ", "kl, standard deviation", 0.0123),
+        row("B1 W2", "qat", "kl", 0.25),
+        row("B1 W2", "qat", "nll_gap", 0.1),
+        row("B1 W2", "qat", "kl / GPTQ", 0.515),
+        row("B1 W2", "no distance", "nll_gap", 0.1),
+        {**row("B2 W2A2", "qat", "accuracy", 91.0), "better": "higher"},
     ]
     (tree / "quality.json").write_text(json.dumps({"environment": {"threads": 1}, "rows": rows}))
     assert generator.main([]) == 0
     page = (tree / "quality.md").read_text(encoding="utf-8")
-    assert "| KL to the float model ↓ | W4 | W2 |" in page and "old 6" not in page
+    assert "| B1: KL to the float model ↓ | W4 | W2 |" in page and "old 6" not in page
     assert "| GPTQ | 0.5 ± 0.01 |  |" in page and "| qat |  | 0.25 |" in page and "no distance" not in page
-    assert "| *qat: kl / GPTQ* |  | 0.51 |" in page or "| *qat: kl / GPTQ* |  | 0.50 |" in page
+    assert "| *qat: kl / GPTQ* |  | 0.52 |" in page or "| *qat: kl / GPTQ* |  | 0.51 |" in page
+    assert "| B2: accuracy ↑ | W2A2 |" in page and "| qat | 91 |" in page
     assert generator.main(["--check"]) == 0
+
+
+def test_writes_variants_beside_the_default(tree: Path) -> None:
+    """Mutation: the ratio turned over."""
+
+    def row(tool: str, metric: str, value: float) -> dict[str, object]:
+        return {"suite": "trials", "case": "B1 W4", "tool": tool, "metric": metric, "value": value, "better": "lower"}
+
+    rows = [row("default", "kl", 0.5), row("another", "kl", 0.25), row("another", "learning rate", 0.1)]
+    (tree / "trials.json").write_text(json.dumps({"environment": {"threads": 1}, "rows": rows}))
+    assert generator.main([]) == 0
+    page = (tree / "experiments.md").read_text(encoding="utf-8")
+    assert "| default | 0.5 |" in page and "| another | 0.25 (0.50) |" in page and "old 5" not in page
 
 
 def test_means_say_of_how_many_seeds() -> None:
