@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qat import fold
     from qat.bypass import rehearse
     from qat.convert import Bundle, convert, load_from_checkpoint
     from qat.distill import distill_loss
@@ -38,6 +39,7 @@ __all__ = [
     "convert",
     "distill_loss",
     "export",
+    "fold",
     "initialize",
     "is_prepared",
     "load_from_checkpoint",
@@ -63,6 +65,8 @@ _HOMES = {
     "qat.steps": ("after_optimizer_step", "apply_schedule", "initialize", "weights_changed"),
     "qat.verify": ("verify",),
 }
+# modules whose verbs are called by their full name: `qat.fold.rotate(model)`
+_MODULES = ("fold",)
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 
@@ -70,6 +74,8 @@ class _Package(ModuleType):
     """Some verbs (`qat.plan`, `qat.export`) share a name with the module that they live in; the verb wins."""
 
     def __getattr__(self, name: str) -> Any:
+        if name in _MODULES:
+            return import_module(f"qat.{name}")
         if name not in _HOME:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         value = getattr(import_module(_HOME[name]), name)
@@ -82,7 +88,7 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*self.__dict__, *_HOME})
+        return sorted({*self.__dict__, *_HOME, *_MODULES})
 
 
 sys.modules[__name__].__class__ = _Package

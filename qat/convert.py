@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import ExportError, QATError
+from qat.fold.rotate import restructure
 from qat.layers import QATLayer, input_quantizer, weight_quantizers
 from qat.plan import Plan, deployed, has_config
 from qat.prepare import prepare
 from qat.qtensor import QTensor
 from qat.quantizers import Fields, Quantizer
 from qat.recipes import from_dict
+from qat.recipes.schema import Network
 from qat.specs import QuantSpec
-from qat.state import CHILD, find_record, require_state
+from qat.state import CHILD, find_record, require_folded, require_state, rotations
 from qat.steps import apply_schedule, full, qat_layers, remember_dtypes, schedule_of, whole_quantizer
 
 
@@ -150,6 +152,8 @@ def convert(model: nn.Module, *, weights: str = "last", require_final: bool = Tr
     """
     state = require_state(model)
     remember_dtypes(model)
+    if require_final:
+        require_folded(state)
     if require_final and not apply_schedule(model).final:
         first = schedule_of(model).first_final_step()
         when = f"it is from step {first} on" if first is not None else "no phase of the recipe brings it fully on"
@@ -187,6 +191,9 @@ def load_from_checkpoint(path: str | PathLike[str], model: nn.Module) -> nn.Modu
     entries: dict[str, Any] = {key: value for key, value in found.items() if isinstance(key, str)}
     prefix, record = find_record(entries)
     entries = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
+    for entry in rotations(record.folded):
+        described = entry["network"]
+        restructure(model, entry["seed"], None if described is None else Network(**described))
     holder = _holder(model, entries, path)
     prepare(holder, from_dict(record.recipe), search=False)
     wanted = holder.state_dict()

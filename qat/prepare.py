@@ -33,7 +33,7 @@ from qat.plan import Plan, PlanRow, make_plan
 from qat.quantizers import Quantizer, make_quantizer
 from qat.recipes import load_recipe, to_dict
 from qat.recipes.schema import Recipe
-from qat.state import CHILD, QATState, require_state, state_of, structure
+from qat.state import CHILD, QATState, folded, require_folded, require_state, rotations, state_of, structure
 from qat.steps import (
     apply_schedule,
     initialize,
@@ -86,12 +86,22 @@ def prepare(
     state = state_of(model)
     first = state is None
     if state is None:
+        done = folded(model)
         state = QATState(to_dict(recipe))
+        state.record.folded = done
         model.add_module(CHILD, state)
     elif structure(state.record.recipe) != structure(to_dict(recipe)):
         raise QATError("this model is already prepared with another recipe; call qat.unprepare(model) first")
     else:
         state.record.recipe = to_dict(recipe)
+    if recipe.fold.method == "rotate":
+        # the others need batches, and are allowed to see a prepared model; training checks for them
+        try:
+            require_folded(state)
+        except QATError:
+            if first:
+                unprepare(model)
+            raise
     state.code_cache = state.code_cache if code_cache is None else code_cache
     state.real = state.real if real is None else real
     _keep_freed_memory()
@@ -149,8 +159,13 @@ def _loaded(model: nn.Module) -> None:
 
 
 def _loaded_float(model: nn.Module) -> None:
-    """After weights without a record were loaded before the first step: scales follow the weights."""
+    """After weights without a record were loaded before the first step: scales follow the weights, and whether they
+    are folded is not known."""
     if require_state(model).record.step == 0:
+        record = require_state(model).record
+        if rotations(record.folded):
+            log.warning("weights without a record were loaded into a rotated model; are they rotated, too?")
+        record.folded = rotations(record.folded)
         initialize(model)
 
 

@@ -26,6 +26,8 @@ CHILD = "qat_state"
 _LAYER_BYTES = 64
 _RECORD_BYTES = 512
 _BLOCK = 1024
+# What was folded, on the module that it was done to: in its __dict__, so that copies have it too.
+_FOLDED = "_qat_folded"
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Record:
     initialized      scales were searched on the weights that training started from
     scales_frozen    learned scales were folded into their start values
     dtypes           layer -> [latent dtype, out dtype] of its last quantized forward
+    folded           what `qat.fold` did to the float model, in order: {"method": ..., and its settings}
     """
 
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -44,6 +47,7 @@ class Record:
     scales_frozen: bool = False
     dtypes: dict[str, list[str]] = field(default_factory=dict)
     teacher: str = ""
+    folded: list[dict[str, Any]] = field(default_factory=list)
 
 
 class QATState(nn.Module):
@@ -81,7 +85,7 @@ class QATState(nn.Module):
         """The record, in a number of bytes that only the recipe and the plan decide: a sharded checkpoint is loaded
         into a tensor of the size that it was saved with."""
         layers = [] if self.plan is None else [row.name for row in self.plan.rows]
-        recipe = len(json.dumps(self.record.recipe).encode())
+        recipe = len(json.dumps([self.record.recipe, rotations(self.record.folded)]).encode())
         room = recipe + sum(len(name.encode()) + _LAYER_BYTES for name in layers) + _RECORD_BYTES
         return encode_record(self.record, -(-room // _BLOCK) * _BLOCK)
 
@@ -91,6 +95,11 @@ class QATState(nn.Module):
             raise QATError(
                 "the checkpoint was trained with other rules or phases than this recipe; resume with the recipe of the "
                 "checkpoint (qat.load_from_checkpoint reads it from the file), or load only the weights"
+            )
+        if recipe and rotations(self.record.folded) != rotations(found.folded):
+            raise QATError(
+                f"the checkpoint's model was {_turned(found.folded)} and this one was {_turned(self.record.folded)}; "
+                "do the same to the model before qat.prepare (qat.fold.rotate)"
             )
         # rules and phases are those of the file; how this run goes on (learning rate, steps) is its own recipe's
         self.record = replace(found, recipe=recipe or found.recipe)
@@ -115,7 +124,7 @@ def structure(recipe: dict[str, Any]) -> Any:
     if phases:
         last = list(phases)[-1]
         phases[last] = {**phases[last], "steps": -1}
-    return {"rules": recipe.get("rules"), "phases": list(phases.items())}
+    return {"rules": recipe.get("rules"), "phases": list(phases.items()), "fold": recipe.get("fold")}
 
 
 def encode_record(record: Record, size: int = 0) -> Tensor:
@@ -146,10 +155,49 @@ def _record_problem(record: Record) -> str:
         return f"step={record.step!r}"
     if not isinstance(record.recipe, dict):
         return f"recipe={record.recipe!r}"
+    if not all(isinstance(entry, dict) and "method" in entry for entry in record.folded):
+        return f"folded={record.folded!r}"
     for layer, pair in record.dtypes.items():
         if len(pair) != 2 or not all(isinstance(getattr(torch, name, None), torch.dtype) for name in pair):
             return f"dtypes of {layer}: {pair!r}"
     return ""
+
+
+def folded(model: nn.Module) -> list[dict[str, Any]]:
+    """What `qat.fold` did to the model, or to something below it: as its record says, if it is prepared."""
+    state = state_of(model)
+    if state is not None:
+        return state.record.folded
+    marks: list[dict[str, Any]] = next((m.__dict__[_FOLDED] for m in model.modules() if _FOLDED in m.__dict__), [])
+    return marks
+
+
+def mark_folded(model: nn.Module, module: nn.Module, entry: dict[str, Any]) -> None:
+    """Note on `module`, and in the record if `model` is prepared, what was done."""
+    module.__dict__[_FOLDED] = [*folded(model), entry]
+    state = state_of(model)
+    if state is not None:
+        state.record.folded = module.__dict__[_FOLDED]
+
+
+def require_folded(state: QATState) -> None:
+    """Raises QATError if the recipe asks for a fold that the weights have not seen."""
+    method = (state.record.recipe.get("fold") or {}).get("method", "none")
+    if method != "none" and not any(entry["method"] == method for entry in state.record.folded):
+        raise QATError(
+            f"the recipe has fold.method={method}, and the weights are not folded; call qat.fold.apply(model, recipe"
+            f"{'' if method == 'rotate' else ', batches'}) before qat.prepare, after the float weights are loaded"
+        )
+
+
+def rotations(folded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What of it every model of a run has before its first step: rotations need no data."""
+    return [entry for entry in folded if entry["method"] == "rotate"]
+
+
+def _turned(folded: list[dict[str, Any]]) -> str:
+    found = [f"rotated with seed={entry.get('seed')}" for entry in rotations(folded)]
+    return " and ".join(found) or "not rotated"
 
 
 def state_of(model: nn.Module) -> QATState | None:

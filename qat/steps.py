@@ -15,7 +15,7 @@ from qat.layers import QATLayer, input_quantizer, layer_quantizers, weight_quant
 from qat.quantizers import Quantizer
 from qat.recipes import from_dict
 from qat.schedule import Schedule, State
-from qat.state import CHILD, QATState, require_state
+from qat.state import CHILD, QATState, require_folded, require_state
 
 
 def qat_layers(model: nn.Module) -> dict[str, QATLayer]:
@@ -196,6 +196,7 @@ def after_optimizer_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -
     Given the optimizers of a hand-written loop, the first call raises QATError if a learned scale is in none of them.
     """
     state = require_state(model)
+    require_folded(state)
     if optimizers and not state.checked:
         missing = missing_from(model, optimizers)
         if missing:

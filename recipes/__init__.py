@@ -5,11 +5,13 @@ Pure data and pure checks; torch is not needed to read a recipe, and reading one
 
 from qat.recipes.checks import check
 from qat.recipes.load import as_recipe, from_dict, load_recipe, preset_names, preset_text, to_dict
-from qat.recipes.schema import Distill, Export, Phase, Recipe, Rule, Slot, Train
+from qat.recipes.schema import Distill, Export, Fold, Network, Phase, Recipe, Rule, Slot, Train
 
 __all__ = [
     "Distill",
     "Export",
+    "Fold",
+    "Network",
     "Phase",
     "Recipe",
     "Rule",

@@ -10,6 +10,7 @@ import re
 from importlib.metadata import entry_points
 from importlib.resources import files
 
+from qat.recipes import folding
 from qat.recipes.schema import Distill, Phase, Recipe, Rule, Slot, Train
 from qat.recipes.shape import join, nearest, plain_errors, shape_errors, show
 
@@ -44,6 +45,7 @@ TASKS = ("causal_lm", "image_classification", "sentence_embedding")
 SCHEDULERS = ("cosine", "constant")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true")
 LOGGERS = ("none", "csv", "wandb")
+_PARTS = ("fold", "init", "distill", "export", "train")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -83,6 +85,7 @@ def check(recipe: Recipe) -> list[str]:
     if recipe.rules and all(rule.weight is None and rule.input is None for rule in recipe.rules.values()):
         found.append("rules: no rule has a weight or an input, so nothing would be quantized; add one to a rule")
     found += _phases(recipe)
+    found += folding.reasons(recipe)
     found += _init(recipe)
     found += _distill(recipe.distill)
     if recipe.distill.hidden > 0 and not recipe.distill.enabled:
@@ -101,7 +104,7 @@ def _classes(recipe: Recipe) -> list[tuple[str, str]]:
     wanted: list[tuple[str, object, type]] = [
         *((join("rules", name), rule, Rule) for name, rule in recipe.rules.items()),
         *((join("phases", name), phase, Phase) for name, phase in recipe.phases.items()),
-        *((key, getattr(recipe, key), type(getattr(Recipe(), key))) for key in ("init", "distill", "export", "train")),
+        *((key, getattr(recipe, key), type(getattr(Recipe(), key))) for key in _PARTS),
     ]
     for name, rule in recipe.rules.items():
         for key in ("weight", "input"):

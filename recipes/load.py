@@ -111,6 +111,9 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain data: text, numbers, true, false, null, lists and mappings."""
     data = dataclasses.asdict(recipe)
+    if recipe.fold.method == "none":
+        # records of versions that did not know the word stay the same
+        del data["fold"]
     for rule in data["rules"].values():
         # records of versions that did not know these words stay the same
         if rule["backward"] is None:

@@ -115,6 +115,43 @@ class Init:
 
 
 @dataclass
+class Network:
+    """Where a network's parts are, for `fold`. Names of modules; "*" stands for one part of a dotted name, the same one
+    in names that belong together ("blocks.*.norm": ["blocks.*.up"])."""
+
+    # What adds to the residual stream: embeddings, linears, parameters.
+    writes: list[str] = field(default_factory=list)
+    # Norm -> the linears that read what it gives, all of them.
+    reads: dict[str, list[str]] = field(default_factory=dict)
+    # Linear that makes the values of attention -> the linear that reads the heads' outputs.
+    values: dict[str, str] = field(default_factory=dict)
+    # Linear -> the linear that reads its output multiplied with something else (gated MLPs: up -> down).
+    products: dict[str, str] = field(default_factory=dict)
+    # Features of a head, to rotate values; null: as the model's config says.
+    head_dim: int | None = None
+
+
+@dataclass
+class Fold:
+    """A change of the float model that leaves its function as it is and makes it easier to quantize; done once, before
+    training."""
+
+    # none | rotate: random Hadamard matrices on the residual stream and on the heads' values, which spread outliers over
+    # all channels (RMSNorm only; a head tied to the embedding becomes a matrix of its own) | smooth: SmoothQuant, inputs
+    # with outliers are divided and the weights after them multiplied | awq: AWQ, the same with the powers of the inputs'
+    # mean size that quantize best
+    method: str = "none"
+    # Of the random signs; rotate only.
+    seed: int = 0
+    # How much of the range goes from the inputs to the weights, 0..1; smooth only.
+    alpha: float = 0.5
+    # Training batches that are looked at; smooth and awq only.
+    batches: int = 16
+    # null: known by the architecture (Llama, Mistral, Qwen2, Qwen3).
+    network: Network | None = None
+
+
+@dataclass
 class Distill:
     """Learning from the float model."""
 
@@ -207,6 +244,7 @@ class Recipe:
     rules: dict[str, Rule] = field(default_factory=dict)
     # Name -> phase, in order. A phase set to null is removed.
     phases: dict[str, Phase] = field(default_factory=lambda: {"qat": Phase()})
+    fold: Fold = field(default_factory=Fold)
     init: Init = field(default_factory=Init)
     distill: Distill = field(default_factory=Distill)
     export: Export = field(default_factory=Export)
