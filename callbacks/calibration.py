@@ -1,26 +1,38 @@
-"""`init` of a recipe in a Lightning run: training batches go through `training_step`, and GPTQ through the layers."""
+"""`fold` and `init` of a recipe in a Lightning run: training batches go through `training_step`, and SmoothQuant, AWQ
+or GPTQ through the layers."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+import qat
 from qat.bypass import planned_weights
 from qat.callbacks.patches import Patch
 from qat.errors import QATError
-from qat.recipes.schema import Init
+from qat.recipes.schema import Init, Recipe
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 log = logging.getLogger(__name__)
+_BY_HAND = {"fold": "qat.fold.apply(model, recipe, batches)", "init": "qat.init.gptq(model, batches)"}
+
+
+def start_folded(trainer: Trainer, pl_module: LightningModule, recipe: Recipe) -> None:
+    """`qat.fold.apply` with the first `fold.batches` batches, as `start_from_gptq`."""
+    with _calibration(trainer, pl_module, f"fold.method={recipe.fold.method}", recipe.fold.batches) as (seen, forward):
+        qat.fold.apply(pl_module, recipe, seen, forward=forward)
+    _agree(pl_module)
+    log.info("fold %s: done", recipe.fold.method)
 
 
 def start_from_gptq(trainer: Trainer, pl_module: LightningModule, init: Init) -> None:
@@ -32,35 +44,16 @@ def start_from_gptq(trainer: Trainer, pl_module: LightningModule, init: Init) ->
     """
     from qat.init.gptq import gptq
 
-    _refuse(pl_module, init)
-    devices = [torch.device(pl_module.device)] if torch.device(pl_module.device).type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        batches = list(_batches(trainer, pl_module, init.batches))
-        # `def training_step(self, batch)` is allowed too
-        indexed = len(inspect.signature(pl_module.training_step).parameters) > 1
-
-        def forward(model: nn.Module, batch: Any) -> None:
-            # not the strategy's own step: its wrapper would prepare for a backward
-            with trainer.precision_plugin.train_step_context():
-                pl_module.training_step(batch, 0) if indexed else pl_module.training_step(batch)
-
-        silent = [Patch(pl_module, name, _nothing) for name in ("log", "log_dict")]
-        metrics = [(m, copy.deepcopy(m.__dict__)) for m in pl_module.modules() if hasattr(m, "metric_state")]
-        try:
-            rows = gptq(
-                pl_module,
-                batches,
-                latent=init.method == "gptq_latent",
-                damp=init.damp,
-                act_order=init.act_order,
-                weighted=init.weighted,
-                forward=forward,
-            )
-        finally:
-            for patch in silent:
-                patch.undo()
-            for metric, state in metrics:
-                metric.__dict__.update(state)
+    with _calibration(trainer, pl_module, f"init.method={init.method}", init.batches) as (batches, forward):
+        rows = gptq(
+            pl_module,
+            batches,
+            latent=init.method == "gptq_latent",
+            damp=init.damp,
+            act_order=init.act_order,
+            weighted=init.weighted,
+            forward=forward,
+        )
     _agree(pl_module)
     gains = [row.error / row.rtn for row in rows if row.error is not None and row.rtn]
     mean = sum(gains) / len(gains) if gains else 1.0
@@ -68,6 +61,34 @@ def start_from_gptq(trainer: Trainer, pl_module: LightningModule, init: Init) ->
     for row in rows:
         if row.note:
             log.info("init %s: %s: %s", init.method, row.name, row.note)
+
+
+@contextlib.contextmanager
+def _calibration(
+    trainer: Trainer, pl_module: LightningModule, word: str, count: int
+) -> Iterator[tuple[list[Any], Callable[[nn.Module, Any], Any]]]:
+    """(the first batches, what runs `training_step` on one); `word` of the recipe asks for them."""
+    _refuse(pl_module, word)
+    devices = [torch.device(pl_module.device)] if torch.device(pl_module.device).type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        batches = list(_batches(trainer, pl_module, count))
+        # `def training_step(self, batch)` is allowed too
+        indexed = len(inspect.signature(pl_module.training_step).parameters) > 1
+
+        def forward(model: nn.Module, batch: Any) -> Any:
+            # not the strategy's own step: its wrapper would prepare for a backward
+            with trainer.precision_plugin.train_step_context():
+                return pl_module.training_step(batch, 0) if indexed else pl_module.training_step(batch)
+
+        silent = [Patch(pl_module, name, _nothing) for name in ("log", "log_dict")]
+        metrics = [(m, copy.deepcopy(m.__dict__)) for m in pl_module.modules() if hasattr(m, "metric_state")]
+        try:
+            yield batches, forward
+        finally:
+            for patch in silent:
+                patch.undo()
+            for metric, state in metrics:
+                metric.__dict__.update(state)
 
 
 def _batches(trainer: Trainer, pl_module: LightningModule, count: int) -> Iterator[Any]:
@@ -80,19 +101,17 @@ def _batches(trainer: Trainer, pl_module: LightningModule, count: int) -> Iterat
         yield trainer.strategy.batch_to_device(ready, dataloader_idx=number)
 
 
-def _refuse(pl_module: LightningModule, init: Init) -> None:
+def _refuse(pl_module: LightningModule, word: str) -> None:
+    key = word.partition("=")[0]
     if not pl_module.automatic_optimization:
         raise QATError(
-            f"init.method={init.method} runs training_step to see what layers get, and a training_step that steps its "
-            "own optimizers (manual optimization) cannot be run for that; call qat.init.gptq(model, batches) before "
-            "fit, and set init.method=none"
+            f"{word} runs training_step to see what layers get, and a training_step that steps its own optimizers "
+            f"(manual optimization) cannot be run for that; call {_BY_HAND[word.partition('.')[0]]} before fit, and "
+            f"set {key}=none"
         )
     sharded = next((name for name, w in planned_weights(pl_module).items() if hasattr(w, "placements")), None)
     if sharded is not None:
-        raise QATError(
-            f"init.method={init.method} needs whole weights, and {sharded} is sharded; set init.method=none under this "
-            "strategy"
-        )
+        raise QATError(f"{word} needs whole weights, and {sharded} is sharded; set {key}=none under this strategy")
 
 
 def _nothing(original: Any, *args: Any, **kwargs: Any) -> None:

@@ -114,6 +114,9 @@ class DistillationCallback(AnyCallback):
         else:
             self._frozen = freeze(_from_folder(self.teacher, student))
         self._fingerprint = fingerprint(self._frozen)
+        if self.hidden and qat_callback.recipe.fold.method == "rotate":
+            # what blocks return is compared feature by feature, so both have to be in one basis
+            qat.fold.apply(self._frozen, qat_callback.recipe)
         log.info("teacher of %s: %s", name or "the module", self._fingerprint[:12])
 
     # ---- start -------------------------------------------------------------------------------------------------------

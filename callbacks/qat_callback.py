@@ -1,9 +1,10 @@
 """`QATCallback(recipe)`: the moments at which `qat.prepare`, the schedule and the checks happen in a Lightning run.
 
-    setup             layers are swapped if they exist; else around configure_model, which comes before optimizers,
-                      wrapping, sharding and the loading of weights
+    setup             the model is rotated if the recipe says so, and layers are swapped, if they exist; else around
+                      configure_model, which comes before optimizers, wrapping, sharding and the loading of weights
     on_fit_start      checks only: sharded weights are not loaded yet
-    on_train_start    the first moment with final weights under every strategy: scales are searched, `init` is done
+    on_train_start    the first moment with final weights under every strategy: `fold` methods that look at batches,
+                      scales are searched, `init` is done
     optimizer step    one `qat.after_optimizer_step` per step of the optimizer that owns the planned weights
     on_*_start        the schedule is applied again (a loaded checkpoint brings its own step)
 
@@ -25,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import qat
 from qat.bypass import planned_weights, watched
-from qat.callbacks.calibration import start_from_gptq
+from qat.callbacks.calibration import start_folded, start_from_gptq
 from qat.callbacks.lightning import AnyCallback, is_a, overrides
 from qat.callbacks.patches import Patch
 from qat.callbacks.selection import forget_best_scores
@@ -109,6 +110,9 @@ class QATCallback(AnyCallback):
             self._patch_steps(pl_module)
 
     def _prepare(self, pl_module: LightningModule) -> None:
+        if self.recipe.fold.method == "rotate" and state_of(pl_module) is None:
+            # a checkpoint that is loaded next brings weights that are rotated in the same way
+            qat.fold.apply(pl_module, self.recipe)
         self.plan = qat.prepare(pl_module, self.recipe, code_cache=self.code_cache, real=self.real)
         refuse_if(target_reasons(self.plan, self.recipe), f"recipe {self.recipe.name!r}: export.targets", QATError)
         if self.plan.coverage < _LOW_COVERAGE and not self._told:
@@ -147,7 +151,8 @@ class QATCallback(AnyCallback):
         weights = checkpoint.get("state_dict")
         if trainer.state.fn != "fit" or not weights or not checkpoint.get("optimizer_states"):
             return
-        if learned_scales(pl_module) and not any(key.endswith(f"{CHILD}._extra_state") for key in weights):
+        known = any(key.endswith(f"{CHILD}._extra_state") for key in weights)
+        if not known and (learned_scales(pl_module) or self.recipe.fold.method != "none"):
             raise QATError(
                 "this is the checkpoint of a float run, whose optimizer knows no scales; load its weights before fit "
                 "(module.load_state_dict(torch.load(path)['state_dict'])) instead of giving ckpt_path"
@@ -178,13 +183,15 @@ class QATCallback(AnyCallback):
         forget_observed(pl_module)
         if state.record.step == 0 and not (state.restored and state.record.initialized):
             # from these weights the run starts; a checkpoint brings its own scales
-            qat.initialize(pl_module)
-            if self.recipe.init.method != "none":
-                self._calibrating = True
-                try:
+            self._calibrating = True
+            try:
+                if not qat.fold.is_folded(pl_module, self.recipe):
+                    start_folded(trainer, pl_module, self.recipe)
+                qat.initialize(pl_module)
+                if self.recipe.init.method != "none":
                     start_from_gptq(trainer, pl_module, self.recipe.init)
-                finally:
-                    self._calibrating = False
+            finally:
+                self._calibrating = False
         qat.apply_schedule(pl_module)
         if self.recipe.trains_nothing:
             # nothing is to be trained: Lightning looks at this before the first batch

@@ -129,6 +129,8 @@ def plan(
     from qat.hf import empty_model, has_tokenizer, load_tokenizer
 
     empty = empty_model(folder, meta=True)
+    if loaded.fold.method == "rotate":
+        qat.fold.restructure(empty, loaded.fold.seed, loaded.fold.network)
     found = qat.prepare(empty, loaded, search=False)
     print(found.render().rstrip())
     words = load_tokenizer(folder) if has_tokenizer(folder) else None

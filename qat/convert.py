@@ -21,7 +21,7 @@ from qat.quantizers import Fields, Quantizer
 from qat.recipes import from_dict
 from qat.recipes.schema import Network
 from qat.specs import QuantSpec
-from qat.state import CHILD, find_record, require_folded, require_state, rotations
+from qat.state import CHILD, find_record, folded, require_folded, require_state, rotations
 from qat.steps import apply_schedule, full, qat_layers, remember_dtypes, schedule_of, whole_quantizer
 
 
@@ -192,8 +192,9 @@ def load_from_checkpoint(path: str | PathLike[str], model: nn.Module) -> nn.Modu
     prefix, record = find_record(entries)
     entries = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
     for entry in rotations(record.folded):
-        described = entry["network"]
-        restructure(model, entry["seed"], None if described is None else Network(**described))
+        if entry not in folded(model):
+            described = entry["network"]
+            restructure(model, entry["seed"], None if described is None else Network(**described))
     holder = _holder(model, entries, path)
     prepare(holder, from_dict(record.recipe), search=False)
     wanted = holder.state_dict()

@@ -26,7 +26,7 @@ CHILD = "qat_state"
 _LAYER_BYTES = 64
 _RECORD_BYTES = 512
 _BLOCK = 1024
-# What was folded, on the module that it was done to: in its __dict__, so that copies have it too.
+# What was folded, in the __dict__ of the modules that it was done to: copies of any of them know it.
 _FOLDED = "_qat_folded"
 
 
@@ -155,7 +155,7 @@ def _record_problem(record: Record) -> str:
         return f"step={record.step!r}"
     if not isinstance(record.recipe, dict):
         return f"recipe={record.recipe!r}"
-    if not all(isinstance(entry, dict) and "method" in entry for entry in record.folded):
+    if not all("method" in dict(entry) for entry in record.folded):
         return f"folded={record.folded!r}"
     for layer, pair in record.dtypes.items():
         if len(pair) != 2 or not all(isinstance(getattr(torch, name, None), torch.dtype) for name in pair):
@@ -173,11 +173,12 @@ def folded(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def mark_folded(model: nn.Module, module: nn.Module, entry: dict[str, Any]) -> None:
-    """Note on `module`, and in the record if `model` is prepared, what was done."""
-    module.__dict__[_FOLDED] = [*folded(model), entry]
-    state = state_of(model)
+    """Note on `module` and all below it, and in the record if `model` is prepared, what was done."""
+    done, state = [*folded(model), entry], state_of(model)
+    for part in module.modules():
+        part.__dict__[_FOLDED] = done
     if state is not None:
-        state.record.folded = module.__dict__[_FOLDED]
+        state.record.folded = done
 
 
 def require_folded(state: QATState) -> None:

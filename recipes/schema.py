@@ -136,10 +136,10 @@ class Fold:
     """A change of the float model that leaves its function as it is and makes it easier to quantize; done once, before
     training."""
 
-    # none | rotate: random Hadamard matrices on the residual stream and on the heads' values, which spread outliers over
-    # all channels (RMSNorm only; a head tied to the embedding becomes a matrix of its own) | smooth: SmoothQuant, inputs
-    # with outliers are divided and the weights after them multiplied | awq: AWQ, the same with the powers of the inputs'
-    # mean size that quantize best
+    # none | rotate: random Hadamard matrices on the residual stream and on the heads' values, which spread outliers
+    # over all channels (RMSNorm only; a head tied to the embedding becomes a matrix of its own) | smooth: SmoothQuant,
+    # inputs with outliers are divided and the weights after them multiplied | awq: AWQ, the same with the powers of the
+    # inputs' mean size that quantize best
     method: str = "none"
     # Of the random signs; rotate only.
     seed: int = 0

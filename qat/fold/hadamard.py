@@ -43,7 +43,7 @@ class Rotation:
             assert self.dense is not None
             return x @ self.dense.to(x)
         order = len(self.core)
-        y = x.unflatten(-1, (-1, order))
+        y = x.reshape(*x.shape[:-1], -1, order)
         if order > 1:
             found = torch.zeros_like(y)
             for i, row in enumerate(self.core.to(x)):
@@ -51,11 +51,10 @@ class Rotation:
             y = found
         step = 1
         while step < self.size // order:
-            pairs = y.unflatten(-2, (-1, 2, step))
-            a, b = pairs.unbind(-3)
-            y = torch.stack((a + b, a - b), -3).flatten(-4, -2)
+            a, b = y.reshape(*x.shape[:-1], -1, 2, step, order).unbind(-3)
+            y = torch.stack((a + b, a - b), -3)
             step *= 2
-        return y.flatten(-2) / math.sqrt(self.size)
+        return y.reshape(x.shape) / math.sqrt(self.size)
 
 
 def core_order(size: int) -> int:

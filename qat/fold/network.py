@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QATError
+from qat.fold.hadamard import Rotation
 from qat.plan import deployed, has_config
 from qat.recipes.schema import Network
 
@@ -152,21 +153,22 @@ def gain_reasons(norm: nn.Module, name: str) -> list[str]:
 
 
 @torch.no_grad()
-def rotation_reasons(norm: nn.Module, name: str, rotation: object, width: int) -> list[str]:
+def rotation_reasons(norm: nn.Module, name: str, rotation: Rotation) -> list[str]:
     """Why a rotation cannot be moved through a norm; empty means it can."""
     norm = copy.deepcopy(norm)
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if isinstance(bias, Tensor):
-        return [f"{name} ({type(norm).__name__}) has a bias, and subtracts the mean in most cases; rotation needs RMSNorm"]
+        return [
+            f"{name} ({type(norm).__name__}) has a bias, and subtracts the mean in most cases; rotation needs RMSNorm"
+        ]
     if isinstance(weight, Tensor):
         reasons = gain_reasons(norm, name)
         if reasons:
             return reasons
         weight.data = torch.ones_like(weight)
     like = weight if isinstance(weight, Tensor) else torch.zeros(())
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(like)
-    turn = lambda t: rotation(t.double()).to(like)  # type: ignore[operator]  # noqa: E731
-    if _close(norm(turn(x)), turn(norm(x))):
+    x = torch.randn(4, rotation.size, generator=torch.Generator().manual_seed(0)).to(like)
+    if _close(norm(rotation(x.double()).to(like)), rotation(norm(x).double()).to(like)):
         return []
     return [f"{name} ({type(norm).__name__}) is no RMSNorm: it changes more than the length of what it is given"]
 

@@ -1,7 +1,7 @@
 """Rotation of the residual stream and of the heads' values, folded into the weights (QuaRot, Ashkboos et al. 2024).
 
-    stream      x' = x Q. What writes W x + b gets Q^T W and b Q, what reads gets W diag(g) Q with g the gain of its norm,
-                which becomes 1: RMSNorm(x Q) = RMSNorm(x) Q, because Q changes no length ("R1")
+    stream      x' = x Q. What writes W x + b gets Q^T W and b Q, what reads gets W diag(g) Q with g the gain of its
+                norm, which becomes 1: RMSNorm(x Q) = RMSNorm(x) Q, because Q changes no length ("R1")
     values      v' = v R for every head, R the same for all: attention mixes positions, not features, and what reads the
                 heads' outputs gets W R on each head's columns ("R2")
 
@@ -45,7 +45,8 @@ def rotate(model: nn.Module, seed: int = 0, *, network: Network | None = None) -
         raise QATError(f"{found.prefix}{missing[0]} is sharded or not loaded; rotate the whole model, before sharding")
     width = _width(found)
     turn = Rotation(width, seed)
-    reasons = [why for name in found.reads for why in _norm_reasons(found, name, turn)]
+    norms = {f"{found.prefix}{name}": found.module.get_submodule(name) for name in found.reads}
+    reasons = [why for name, norm in norms.items() for why in rotation_reasons(norm, name, turn)]
     if reasons:
         raise QATError(f"the model cannot be rotated: {'; '.join(reasons)}")
     _untie(found)
@@ -111,7 +112,9 @@ def _width(found: Found) -> int:
         part = _part(found, name)
         weight = part if isinstance(part, Tensor) else getattr(part, "weight", None)
         if not isinstance(part, nn.Linear | nn.Embedding | Tensor) or weight is None:
-            raise QATError(f"{found.prefix}{name} is a {type(part).__name__}; rotation knows Linear, Embedding, parameters")
+            raise QATError(
+                f"{found.prefix}{name} is a {type(part).__name__}; rotation knows Linear, Embedding, parameters"
+            )
         sizes[name] = weight.shape[0] if isinstance(part, nn.Linear) else weight.shape[-1]
     for name, readers in found.reads.items():
         gain = getattr(found.module.get_submodule(name), "weight", None)
@@ -144,13 +147,11 @@ def _width(found: Found) -> int:
     return width
 
 
-def _norm_reasons(found: Found, name: str, turn: Rotation) -> list[str]:
-    return rotation_reasons(found.module.get_submodule(name), f"{found.prefix}{name}", turn, turn.size)
-
-
 def _untie(found: Found) -> None:
     """Give every reader a weight of its own where it shares one with the embedding. Raises QATError for other ties."""
-    writers = {id(getattr(part, "weight", part)): name for name in found.writes if (part := _part(found, name)) is not None}
+    writers = {
+        id(getattr(part, "weight", part)): name for name in found.writes if (part := _part(found, name)) is not None
+    }
     seen: dict[int, str] = {}
     for readers in found.reads.values():
         for name in readers:
@@ -161,7 +162,9 @@ def _untie(found: Found) -> None:
                     found.module.config.tie_word_embeddings = False  # type: ignore[union-attr]
                     found.module.all_tied_weights_keys = {}  # type: ignore[assignment]
             if id(layer.weight) in seen:
-                raise QATError(f"{found.prefix}{name} shares its weight with {seen[id(layer.weight)]}; it would turn twice")
+                raise QATError(
+                    f"{found.prefix}{name} shares its weight with {seen[id(layer.weight)]}; it would turn twice"
+                )
             seen[id(layer.weight)] = name
     if len(writers) < len(found.writes) or set(writers) & set(seen):
         raise QATError(f"parts of {type(found.module).__name__} that write to the residual stream share their weights")
@@ -173,8 +176,8 @@ def _turn(weight: Tensor, dim: int, rotation: Rotation, gain: Tensor | None = No
     if view.dim() == 1:
         view = view.unsqueeze(0)
     step = max(1, _AT_ONCE // view[:1].numel())
-    for rows in view.split(step):
+    for rows in torch.split(view, step):
         x = rows.to(wide(weight.device))
         if gain is not None:
             x = x * gain.to(x)
-        rows.copy_(rotation(x.unflatten(-1, (-1, rotation.size))).flatten(-2))
+        rows.copy_(rotation(x.reshape(*x.shape[:-1], -1, rotation.size)).reshape(x.shape))

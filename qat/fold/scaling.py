@@ -43,8 +43,8 @@ STEPS = 20
 ROWS = 512
 # factors further apart than this would leave the numbers of fp16
 _LARGEST = 1e4
-# of the output; what a network that is not as described departs by is far more
-_ALLOWED = 0.02
+# of the output, or of this size where it is smaller; what a network that is not as described departs by is far more
+_ALLOWED, _SMALL = 0.02, 0.05
 
 
 @dataclass(eq=False)
@@ -138,9 +138,7 @@ def _scale(
     run = partial(forward or call_model, model)
     with torch.no_grad(), _in_float(model):
         handles = [
-            group.readers[0].register_forward_pre_hook(
-                partial(group.see, -(-rows // len(batches))), with_kwargs=True
-            )
+            group.readers[0].register_forward_pre_hook(partial(group.see, -(-rows // len(batches))), with_kwargs=True)
             for group in groups
         ]
         try:
@@ -159,10 +157,10 @@ def _scale(
         after = _repeatable(run, batches[0])
         if before is not None and after is not None:
             moved = float((after - before).abs().max())
-            if not moved <= _ALLOWED * float(before.abs().max()):
+            if not moved <= _ALLOWED * max(float(before.abs().max()), _SMALL):
                 raise QATError(
-                    f"{method} changed what the model computes by {moved:.3g}: something else reads what these norms and "
-                    "linears give; describe the network anew (fold.network), and load its weights again"
+                    f"{method} changed what the model computes by {moved:.3g}: something else reads what these norms "
+                    "and linears give; describe the network anew (fold.network), and load its weights again"
                 )
     mark_folded(model, found.module, entry)
     if state_of(model) is not None:
@@ -186,10 +184,9 @@ def _groups(model: nn.Module, recipe: Recipe, found: Found, linears: bool) -> li
         parts = (before, *after)
         if not any(rows):
             continue
-        sharded = any(p is not None and (p.is_meta or hasattr(p, "placements")) for m in parts for p in m.parameters())
-        if sharded:
+        if any(p.is_meta or hasattr(p, "placements") for m in parts for p in m.parameters()):
             raise QATError(f"{found.prefix}{name} is sharded or not loaded; fold the whole model, before sharding")
-        if any(owners[id(m.weight)] > 1 for m in parts):
+        if any(owners[id(m._parameters["weight"])] > 1 for m in parts):
             log.info("%s%s shares a weight with another layer; its inputs stay as they are", found.prefix, name)
             continue
         if isinstance(before, nn.Linear) and before.out_features != after[0].in_features:

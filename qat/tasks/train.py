@@ -142,6 +142,8 @@ def check_resume(recipe: Recipe) -> None:
 
 def rehearsal(recipe: Recipe, module: Any, tokenizer: Any) -> dict[str, Any]:
     """Plan, and export into a temporary folder, of the model as it is."""
+    if recipe.fold.method == "rotate":
+        qat.fold.apply(module, recipe)
     plan = qat.prepare(module, recipe)
     for target in recipe.export.targets:
         qat.rehearse_export(qat.convert(module, require_final=False), target, tokenizer)
