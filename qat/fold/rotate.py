@@ -106,7 +106,7 @@ def _part(found: Found, name: str) -> Any:
 
 def _width(found: Found) -> int:
     """Features of the stream. Raises QATError where parts disagree, and for parts of that width that nothing names."""
-    sizes: dict[str, int] = {}
+    sizes: list[tuple[str, int]] = []
     named: set[int] = set()
     for name in found.writes:
         part = _part(found, name)
@@ -115,19 +115,18 @@ def _width(found: Found) -> int:
             raise QATError(
                 f"{found.prefix}{name} is a {type(part).__name__}; rotation knows Linear, Embedding, parameters"
             )
-        sizes[name] = weight.shape[0] if isinstance(part, nn.Linear) else weight.shape[-1]
+        sizes.append((name, weight.shape[0] if isinstance(part, nn.Linear) else weight.shape[-1]))
     for name, readers in found.reads.items():
         gain = getattr(found.module.get_submodule(name), "weight", None)
-        sizes |= {name: len(gain)} if gain is not None else {}
-        sizes |= {reader: found.linear(reader).in_features for reader in readers}
-    width = next(iter(sizes.values()))
-    other = next((name for name, size in sizes.items() if size != width), None)
-    if other is not None:
-        first = next(iter(sizes))
-        raise QATError(
-            f"{found.prefix}{other} has {sizes[other]} features and {found.prefix}{first} has {width}; they are not on "
-            "one residual stream"
-        )
+        sizes += [(name, len(gain))] if gain is not None else []
+        sizes += [(reader, found.linear(reader).in_features) for reader in readers]
+    first, width = sizes[0]
+    for name, size in sizes:
+        if size != width:
+            raise QATError(
+                f"{found.prefix}{name} has {size} features and {found.prefix}{first} has {width}; they are not on one "
+                "residual stream"
+            )
     for first, second in found.values.items():
         rows, columns, size = found.linear(first).out_features, found.linear(second).in_features, found.head_dim
         if size is None or rows % size or columns % size:
@@ -135,7 +134,7 @@ def _width(found: Found) -> int:
                 f"{found.prefix}{first} has {rows} rows and {second} has {columns} columns, which are no heads of "
                 f"{size} features; give fold.network.head_dim"
             )
-    for name in (*sizes, *found.values, *found.values.values(), *found.products, *found.products.values()):
+    for name in (*dict(sizes), *found.values, *found.values.values(), *found.products, *found.products.values()):
         part = _part(found, name)
         named |= {id(p) for p in (part.parameters() if isinstance(part, nn.Module) else [part])}
     for name, parameter in found.module.named_parameters():
