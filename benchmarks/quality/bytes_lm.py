@@ -30,6 +30,17 @@ BATCH = 16
 # positions of the test split: 512 blocks with 63 known next bytes each
 TUNE_BLOCKS, TEST_BLOCKS = 128, 512
 CALIBRATION_BLOCKS = 64
+# what ByteGPT's residual stream is made of (`fold.network` of a recipe)
+NETWORK: dict[str, Any] = {
+    "writes": ["embedding", "position", "blocks.*.o", "blocks.*.down"],
+    "reads": {
+        "blocks.*.norm1": ["blocks.*.q", "blocks.*.k", "blocks.*.v"],
+        "blocks.*.norm2": ["blocks.*.up"],
+        "norm": ["lm_head"],
+    },
+    "values": {"blocks.*.v": "blocks.*.o"},
+    "head_dim": 24,
+}
 
 
 class Output(NamedTuple):
@@ -118,6 +129,8 @@ def markov(count: int) -> bytes:
 
 
 class BytesLM(Lab):
+    network = NETWORK
+
     def __init__(self, seed: int, dry: bool = False, corpus: str = "stdlib") -> None:
         super().__init__(seed, dry, corpus)
         self.corpus = data(corpus or CORPORA[0], dry)
@@ -128,6 +141,8 @@ class BytesLM(Lab):
         self.blocks = {split: self._blocks(split, count) for split, count in counts.items()}
         self.starts: dict[int, Tensor] = {}
         self.references: dict[str, list[Tensor]] = {}
+        if dry:
+            self.network = {**NETWORK, "head_dim": 8}
 
     def _blocks(self, split: str, count: int) -> Tensor:
         """int64 [count, context], spread over the split."""

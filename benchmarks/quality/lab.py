@@ -33,6 +33,8 @@ class Lab(ABC):
     higher: frozenset[str] = frozenset()
     # whether linears alone are quantized, all but the head: `levels` then sees that they are, in every tool
     counts_levels = True
+    # where the network's parts are, in the words of a recipe's `fold.network`; None: it cannot be folded, or is known
+    network: dict[str, Any] | None = None
     # of the float model and of quantization-aware training; what a schedule does not say is `Train`'s default: AdamW
     # with betas .9/.95, warm-up over 5 % of the steps, cosine to zero, gradients clipped to norm 1
     float_schedule: Train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -62,6 +63,7 @@ class Method:
     slot       words of the weight's slot at every width, `at` those that replace them at one width. The word `init` is
                ours alone: how the weights start, "search" (as they are), "gptq" or "gptq latent"
     input      words of the input's slot, where the width has one
+    fold       words of the recipe's `fold`; where the network's parts are is the lab's to say
     recipe     more words of the recipe, like phases
     hidden     weight of the hidden states' error (`qat.distill.hidden`)
     scale_rate learning rate of learned scales over that of the weights
@@ -74,6 +76,7 @@ class Method:
     slot: Slot = field(default_factory=dict)
     at: dict[str, Slot] = field(default_factory=dict)
     input: Slot = field(default_factory=dict)
+    fold: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     hidden: float = 0.0
     scale_rate: float = 1.0
@@ -160,13 +163,20 @@ def _ours(lab: Lab, method: Method, width: str, grid: Width, rate: float | None)
     words = {**coded, **method.slot, **grid.slot, **method.at.get(width, {})}
     init = words.pop("init", "search")
     rule = {"weight": words} if grid.input is None else {"weight": words, "input": {**grid.input, **method.input}}
+    more = {**method.recipe, "fold": {**method.fold, "network": lab.network}} if method.fold else method.recipe
     model = lab.copy()
     try:
-        qat.prepare(model, recipe(rule, distill={"enabled": method.loss == "kl"}, **method.recipe))
+        made = recipe(rule, distill={"enabled": method.loss == "kl"}, **more)
+        qat.fold.apply(model, made, lab.calibration())
+        folded = copy.deepcopy(model)
+        qat.prepare(model, made)
     except QATError as problem:
         raise Missing(f"the recipe cannot be prepared: {problem}") from None
     if init != "search":
         gptq(model, lab, latent=init == "gptq latent")
+    if method.fold and method.hidden and method.loss:
+        # hidden states are compared in one basis
+        distill.attach(model, distill.freeze(folded), loss=method.loss, hidden=method.hidden)
     scales = list(learned_scales(model).values())
     apart = [(scales, method.scale_rate)] if scales and method.scale_rate != 1.0 else []
     _train(lab, method, model, rate, after=lambda optimizer: qat.after_optimizer_step(model, optimizer), rates=apart)

@@ -128,11 +128,11 @@ def _width(found: Found) -> int:
                 "residual stream"
             )
     for first, second in found.values.items():
-        rows, columns, size = found.linear(first).out_features, found.linear(second).in_features, found.head_dim
-        if size is None or rows % size or columns % size:
+        rows, columns, head = found.linear(first).out_features, found.linear(second).in_features, found.head_dim
+        if head is None or rows % head or columns % head:
             raise QATError(
                 f"{found.prefix}{first} has {rows} rows and {second} has {columns} columns, which are no heads of "
-                f"{size} features; give fold.network.head_dim"
+                f"{head} features; give fold.network.head_dim"
             )
     for name in (*dict(sizes), *found.values, *found.values.values(), *found.products, *found.products.values()):
         part = _part(found, name)

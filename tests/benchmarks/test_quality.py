@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,21 @@ def test_training_brings_it_closer(lab: BytesLM) -> None:
     rounded = methods.measured("a", Method(slot={"quantizer": "mse"}), "W2", WIDTHS["W2"], lab, None)
     trained = methods.measured("b", LSQ, "W2", WIDTHS["W2"], lab, 1e-3)
     assert trained["test"]["kl"] < rounded["test"]["kl"]
+
+
+@pytest.mark.parametrize("fold", ["rotate", "smooth", "awq"])
+def test_folded_methods(lab: BytesLM, fold: str) -> None:
+    """The figures differ from those without; trained, hidden states are compared in the basis of the student.
+    Mutations: `fold` not passed on; the tap's teacher not folded (the loss then explodes)."""
+    plain = Method("kl", slot={"quantizer": "lsq"}, hidden=3.0)
+    found = {}
+    for words in ({}, {"method": fold}):
+        method = replace(plain, fold=words)
+        found[bool(words)] = [
+            methods.measured("x", method, "W3", WIDTHS["W3"], lab, rate)["test"]["kl"] for rate in (None, 1e-3)
+        ]
+    assert found[True][0] != found[False][0]
+    assert found[True][1] < found[True][0]
 
 
 def test_what_is_scored_are_the_exported_integers(lab: BytesLM, monkeypatch: pytest.MonkeyPatch) -> None:

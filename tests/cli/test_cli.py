@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_tiny import listing
+from cli_tiny import copied, edited, listing
 
 from qat import __version__
 from qat.cli import main
@@ -181,6 +181,24 @@ def test_train_then_resume_export_and_report(
     assert main(["verify", "next/export"]) == 0
     receipt = json.loads((tmp_path / "next" / "export" / "qat_receipt.json").read_text())
     assert receipt["step"] == 3
+
+
+def test_a_rotated_model_with_a_tied_head(
+    run: list[str], tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Planned, trained, and exported from the checkpoint and the float model's config alone. Mutation: `qat plan` does
+    not untie -> red."""
+    tied = copied(llama, tmp_path / "tied")
+    edited(tied, tie_word_embeddings=True)
+    settings = ["fold.method=rotate", f"train.model={tied}", "train.max_steps=1"]
+    assert main(["plan", run[1], "--model", str(tied), "fold.method=rotate"]) == 0
+    assert "lm_head" in capsys.readouterr().out
+    assert main([*run, *settings, "--dry-run"]) == 0
+    assert main([*run, *settings]) == 0
+    last = tmp_path / "out" / "checkpoints" / "last.ckpt"
+    assert main(["export", str(last), "--model", str(tied), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "model.gguf").read_bytes() == (tmp_path / "out/export/model.gguf").read_bytes()
+    assert main([*run, *settings, "train.out=next", f"train.resume={last}", "train.max_steps=2"]) == 0
 
 
 def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
