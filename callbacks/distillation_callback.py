@@ -39,7 +39,8 @@ class DistillationCallback(AnyCallback):
     teacher      None: the float module itself, as it is when fit begins. A module, or the folder of a transformers
                  model of the class of the module to distil: safetensors, read from the disk alone
     module       name of the module to distil; None: the outermost child that holds all planned layers
-    hidden       weight of the error of the hidden states between blocks, added to the loss (`qat.distill.hidden`)
+    hidden       weight of the error of the hidden states between blocks, added to the loss (`qat.distill.hidden`); the
+                 teacher is then rotated in place if the recipe rotates the model
     validate     log `val_distill_loss` over the validation batches
 
     With manual optimization `qat.distill_loss(self)` gives the loss inside `training_step`.

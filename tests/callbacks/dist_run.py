@@ -195,6 +195,25 @@ def init() -> None:
         done("init", said=str(refused))
 
 
+def fold() -> None:
+    """As `init`; behind the norm there is a ReLU, which positive factors pass."""
+    words = {"method": "awq", "batches": 2, "network": {"reads": {"norm": ["b"]}}}
+    start = recipe(fold=words)
+    module, before = Halves(), Halves().net.norm.weight
+    trainer(FOLDER, QATCallback(start), devices=2, strategy="ddp", max_steps=1).fit(module, data())
+    same_on_all_ranks(module)
+    for parameter in module.net.norm.parameters():
+        first = parameter.detach().clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(parameter, first)
+    assert float((module.net.norm.weight - before).abs().max()) > 0.05, "a step of training alone moves less"
+    try:
+        trainer(FOLDER, QATCallback(start), devices=2, strategy=parallel(True), max_steps=1).fit(Sharded(), data())
+        raise AssertionError("AWQ of sharded weights has to be refused")
+    except qat.QATError as refused:
+        done("fold", said=str(refused))
+
+
 def alive_after_forward(module: torch.nn.Module, x: Tensor) -> int:
     """Bytes of the storages that autograd keeps and that are allocated when the forward is over, weights' included."""
     kept: list[Tensor] = []
@@ -248,7 +267,7 @@ def fsdp2_codes() -> None:
 
 for case in CASES:
     run = {"ddp": ddp, "fsdp2": fsdp2, "fsdp2_resume": fsdp2_resume, "fsdp2_inside": fsdp2_inside}
-    (run | {"fsdp2_codes": fsdp2_codes, "init": init})[case]()
+    (run | {"fsdp2_codes": fsdp2_codes, "init": init, "fold": fold})[case]()
 
 # All is written. Leave without the interpreter's shutdown, in which gloo's threads may still be running: on a busy
 # machine that ended a finished rank with "terminate called without an active exception".

@@ -15,7 +15,7 @@ from torch import Tensor
 from qat.callbacks import QATCallback
 
 TRAINED = ("ddp", "fsdp2", "fsdp2_resume", "fsdp2_inside")
-CASES = (*TRAINED, "init", "fsdp2_codes")
+CASES = (*TRAINED, "init", "fold", "fsdp2_codes")
 ROOT = Path(__file__).parents[2]
 EMA_INPUT = {"bits": 8, "granularity": "tensor", "quantizer": "ema", "zero_point": "int"}
 pytestmark = pytest.mark.slow
@@ -74,6 +74,11 @@ def test_sharded_before_prepared_is_refused_in_words(found: dict[str, Any]) -> N
 def test_gptq_starts_all_ranks_alike_and_refuses_shards(found: dict[str, Any]) -> None:
     # mutation: no `_agree` in qat.callbacks.calibration -> the run is red
     assert found["init"]["said"].startswith("init.method=gptq_latent needs whole weights, and net.a.weight is sharded")
+
+
+def test_awq_starts_all_ranks_alike_and_refuses_shards(found: dict[str, Any]) -> None:
+    """Mutation: `_agree` not called after the fold -> red."""
+    assert found["fold"]["said"].startswith("fold.method=awq needs whole weights, and net.a.weight is sharded")
 
 
 def test_sharded_weights_leave_nothing_of_their_size_behind(found: dict[str, Any]) -> None:

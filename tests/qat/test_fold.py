@@ -214,6 +214,15 @@ def test_what_cannot_be_rotated(change: dict[str, Any], says: str) -> None:
     assert not qat.fold.folded(model)
 
 
+def test_weights_that_are_not_there() -> None:
+    with torch.device("meta"):
+        model = transformer()
+    with pytest.raises(QATError, match="embed_tokens.weight is sharded or not loaded"):
+        qat.fold.rotate(model)
+    with pytest.raises(QATError, match="input_layernorm is sharded or not loaded"):
+        qat.fold.smooth(model, recipe(), [IDS])
+
+
 def test_gains_that_are_not_factors() -> None:
     """Gemma's norm multiplies by 1 + weight: not folded as if it were weight."""
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -299,7 +308,7 @@ def test_awq_is_judged_by_the_recipe() -> None:
     """For weights alone the error of their outputs falls; for weights and inputs other factors are best."""
     model = planted("gain")
     wanted = logits(model)
-    alone = {"weight": {**W4A4["weight"], "bits": 3}}
+    alone = {"weight": W4A4["weight"]}
     found = {}
     for name, rule in (("weights", alone), ("both", W4A4)):
         folded = copy.deepcopy(model)
