@@ -31,7 +31,17 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIELDS = ("suite", "case", "tool", "metric", "value", "goal", "better")
-PACKAGES = ("torch", "triton", "transformers", "torchao", "brevitas", "nvidia-modelopt", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "torchao",
+    "brevitas",
+    "nvidia-modelopt",
+    "bitsandbytes",
+    "xllamacpp",
+    "numpy",
+)
 FLOAT, AGAIN = "float", "float again"
 
 Row = dict[str, Any]

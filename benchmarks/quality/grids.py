@@ -5,13 +5,14 @@ Super-blocks are 256 numbers of a row, so the model is one block of width 256 (7
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from benchmarks.common import FLOAT
 from benchmarks.quality import ptq
-from benchmarks.quality.bytes_lm import ByteGPT, BytesLM
+from benchmarks.quality.bytes_lm import NETWORK, ByteGPT, BytesLM
 from benchmarks.quality.methods import GPTQ, OURS, Case, Method, Width
 from benchmarks.schemes import TOKEN, Slot
 from qat.recipes import Train
@@ -22,6 +23,7 @@ class WideLM(BytesLM):
         super().__init__(seed, dry, corpus)
         self.float_schedule = Train(lr=2e-3, max_steps=20 if dry else 1000, weight_decay=0.05)
         self.steps = 8 if dry else 100
+        self.network = {**NETWORK, "head_dim": 64}
 
     def fresh(self) -> nn.Module:
         return ByteGPT(256, 1, 4, self.context)
@@ -39,7 +41,8 @@ def _kquant(name: str, bits: int, size: int, minima: bool) -> Width:
 _FP8: Slot = {**TOKEN, "grid": "e4m3"}
 WIDTHS = {
     "W4A8": Width(4, input=TOKEN),
-    "W4A4": Width(4, input={**TOKEN, "bits": 4}),
+    # inputs of `down` come from a GELU: without a zero point nearly half of the codes would be lost there
+    "W4A4": Width(4, input={**TOKEN, "bits": 4, "zero_point": "int", "quantizer": "minmax"}),
     "NF4": Width(4, slot=_group(64, grid="nf4", scale="bnb_nested")),
     "MXFP4": Width(4, slot=_group(32, grid="fp4", scale="e8m0")),
     "NVFP4": Width(4, slot=_group(16, grid="fp4", scale="nvfp4")),
@@ -50,13 +53,25 @@ WIDTHS = {
     "Q2_K": _kquant("Q2_K", 2, 16, True),
 }
 _OWN = "the format's own"
+_RTN = Method(slot={"quantizer": "mse"})
+_GPTQ = Method(slot={"quantizer": "mse", "init": "gptq"})
+_QAT = Method("kl", slot={"quantizer": "lsq", "init": "gptq latent"}, hidden=1.0)
+
+
+def _rotated(method: Method) -> Method:
+    return replace(method, fold={"method": "rotate"}, only=("W4A8", "W4A4"))
+
+
 METHODS = {
     FLOAT: Method(),
-    "RTN": Method(slot={"quantizer": "mse"}),
-    "llama.cpp, importance matrix": Method(ptq=ptq.llama_cpp),
-    "bitsandbytes": Method(ptq=ptq.bitsandbytes),
-    GPTQ: Method(slot={"quantizer": "mse", "init": "gptq"}),
-    OURS: Method("kl", slot={"quantizer": "lsq", "init": "gptq latent"}, hidden=1.0),
+    "RTN": _RTN,
+    "RTN, rotated": _rotated(_RTN),
+    "llama.cpp, importance matrix": Method(ptq=ptq.llama_cpp, only=tuple(w for w, grid in WIDTHS.items() if grid.ggml)),
+    "bitsandbytes": Method(ptq=ptq.bitsandbytes, only=("NF4",)),
+    GPTQ: _GPTQ,
+    "GPTQ, rotated": _rotated(_GPTQ),
+    OURS: _QAT,
+    "qat, rotated": _rotated(_QAT),
 }
 GRIDS = Case(
     WideLM,

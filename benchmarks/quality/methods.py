@@ -68,6 +68,7 @@ class Method:
     hidden     weight of the hidden states' error (`qat.distill.hidden`)
     scale_rate learning rate of learned scales over that of the weights
     judge      the score by which the learning rate is chosen, lower is better
+    only       widths at which it takes part; none: all
     """
 
     loss: str | None = None
@@ -81,6 +82,7 @@ class Method:
     hidden: float = 0.0
     scale_rate: float = 1.0
     judge: str = "kl"
+    only: tuple[str, ...] = ()
 
     def varied(self, at: dict[str, Slot] | None = None, **slot: Any) -> Method:
         """With other words: at every width, or at some."""

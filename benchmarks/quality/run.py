@@ -162,7 +162,9 @@ class Suite:
 
     def keys(self) -> list[tuple[str, str]]:
         """(width, tool); methods in float run once, at the first width."""
-        return [(w, t) for w in self.widths for t in self.tools if w == self.widths[0] or t not in WIDTHLESS]
+        found = [(w, t) for w in self.widths for t in self.tools if w == self.widths[0] or t not in WIDTHLESS]
+        methods = CASES[self.place.case].methods
+        return [(w, t) for w, t in found if t not in methods or not methods[t].only or w in methods[t].only]
 
     def first(self, width: str, tool: str) -> list[Job]:
         """A job for each learning rate on the first seed."""
