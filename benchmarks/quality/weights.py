@@ -60,6 +60,7 @@ METHODS: dict[str, Method] = {
 PEERS = tuple(name for name, method in METHODS.items() if method.peer)
 AS_THEY_COME = tuple(name for name in PEERS if METHODS[name].loss == "ce")
 
+_ZERO = {"zero_point": "int"}
 # of the 150 steps
 _HALF_FROZEN = {"phases": {"learn": {"steps": 75}, "settle": {"freeze_scales": True}}}
 
@@ -73,6 +74,7 @@ TRIALS: dict[str, Method] = {
     "dynamic absmax scales": QAT.varied({"W4": {}, "W3": {}}, quantizer="absmax", init="search"),
     "integers at 2 bits": QAT.varied({"W2": {}}),
     "signed integers at 2 bits": QAT.varied({"W2": {"signed_scale": True}}),
+    "zero points": QAT.varied({"W4": _ZERO, "W3": _ZERO, "W2": _ZERO}),
     "positive scales": QAT.varied({"W4": {}, "W3": {}}),
     "without hidden states": replace(QAT, hidden=0.0),
     "hidden states alone": replace(QAT, hidden=1000.0),
