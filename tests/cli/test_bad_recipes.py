@@ -43,6 +43,7 @@ RECIPES: list[tuple[str, str | bytes, tuple[str, ...]]] = [
     ("empty file", "", ("a recipe is a mapping",)),
     ("binary file", bytes(range(256)), ("cannot be read as UTF-8",)),
     ("nan", RECIPE + "distill: {temperature: .nan}\n", ("distill.temperature", "finite")),
+    ("unknown fold", RECIPE + "fold: {method: rotat}\n", ("fold.method", "rotat", '"rotate"')),
     ("deep nesting", "[" * 5000, ("nested too deeply",)),
 ]
 
@@ -53,6 +54,11 @@ def test_recipe(refused: Refused, tmp_path: Path, llama: Path, text: str | bytes
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     refused("plan", file, "--model", llama, says=("wrong.yaml", *says))
     refused("train", file, f"train.model={llama}", "train.data=[x.txt]", says=("wrong.yaml", *says))
+
+
+def test_fold_of_a_network_that_is_another_one(train: Refused, data: Path) -> None:
+    network = "fold.network={writes: [wte], reads: {ln_f: [lm_head]}}"
+    train("fold.method=rotate", network, f"train.data=[{data}]", says=("fold.network.writes", "'wte' names nothing"))
 
 
 def test_recipe_that_does_not_exist(refused: Refused, tmp_path: Path, llama: Path) -> None:
