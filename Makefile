@@ -4,7 +4,7 @@
 # make lint    ruff and mypy
 # make docs    tables and picture of README and docs/cost.md from benchmarks/results/{demo,cpu,backward}.json
 # make bench-cpu   QAT step over float step, beside other libraries, one thread: benchmarks/results/cpu.json (45 minutes)
-# make bench-quality   KL to the float model beside GPTQ and other libraries' QAT: benchmarks/results/quality.json (30
+# make bench-quality   KL to the float model beside GPTQ and other libraries' QAT: benchmarks/results/quality.json (60
 #              minutes on two cores; BENCH_ARGS=--quick: 5 minutes, fewer methods, no file unless --out names one)
 # make bench-gpu   kernels and Llama steps on one GPU, with nothing but torch and triton: benchmarks/results/gpu-*.json
 # make aot     every kernel compiled for GPUs that need not be there, and judged: benchmarks/results/aot-*.json
