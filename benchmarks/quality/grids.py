@@ -84,5 +84,5 @@ GRIDS = Case(
         f"kl / {_OWN}": ("llama.cpp, importance matrix", "bitsandbytes"),
         "kl / GPTQ": (GPTQ,),
     },
-    rates=(3e-4, 1e-3),
+    rates=(1e-4, 3e-4, 1e-3),
 )
