@@ -1,5 +1,5 @@
-"""`fold` and `init` of a recipe in a Lightning run: training batches go through `training_step`, and SmoothQuant, AWQ
-or GPTQ through the layers."""
+"""`fold`, `init` and `batch_norm` of a recipe in a Lightning run: training batches go through `training_step`, and
+SmoothQuant, AWQ or GPTQ through the layers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import copy
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 import qat
+from qat.batch_norm import hold_batch_norm, reestimate_batch_norm
 from qat.bypass import planned_weights
+from qat.callbacks.lightning import is_a
 from qat.callbacks.patches import Patch
 from qat.errors import QATError
 from qat.recipes.schema import Init, Recipe
@@ -63,12 +65,25 @@ def start_from_gptq(trainer: Trainer, pl_module: LightningModule, init: Init) ->
             log.info("init %s: %s: %s", init.method, row.name, row.note)
 
 
+def settle_batch_norm(trainer: Trainer, pl_module: LightningModule, count: int, held: bool = False) -> None:
+    """`qat.reestimate_batch_norm` with `count` batches of the training data, every rank with its own; held: of norms
+    that were just told to keep their statistics, too."""
+    if held:
+        hold_batch_norm(pl_module, False)
+    with _calibration(trainer, pl_module, "", count) as (batches, forward):
+        reestimate_batch_norm(pl_module, batches, forward)
+    if held:
+        hold_batch_norm(pl_module, True)
+
+
 @contextlib.contextmanager
 def _calibration(
     trainer: Trainer, pl_module: LightningModule, word: str, count: int
 ) -> Iterator[tuple[list[Any], Callable[[nn.Module, Any], Any]]]:
-    """(the first batches, what runs `training_step` on one); `word` of the recipe asks for them."""
-    _refuse(pl_module, word)
+    """(the first batches, what runs `training_step` on one); `word` of the recipe asks for them and wants whole
+    weights."""
+    if word:
+        _refuse(pl_module, word)
     devices = [torch.device(pl_module.device)] if torch.device(pl_module.device).type == "cuda" else []
     with torch.random.fork_rng(devices):
         batches = list(_batches(trainer, pl_module, count))
@@ -112,6 +127,24 @@ def _refuse(pl_module: LightningModule, word: str) -> None:
     sharded = next((name for name, w in planned_weights(pl_module).items() if hasattr(w, "placements")), None)
     if sharded is not None:
         raise QATError(f"{word} needs whole weights, and {sharded} is sharded; set {key}=none under this strategy")
+
+
+def refuse_unseen(trainer: Trainer, pl_module: LightningModule, recipe: Recipe, averaging: Sequence[str]) -> None:
+    """Raises QATError where statistics of batch norms could not be found anew; `averaging`: names of callbacks."""
+    count = recipe.batch_norm.reestimate
+    if count and not pl_module.automatic_optimization:
+        raise QATError(
+            f"batch_norm.reestimate={count} runs training_step to see what batch norms get, and one that steps its own "
+            "optimizers (manual optimization) cannot be run for that; set it to 0 and call "
+            "qat.reestimate_batch_norm(model, batches) where it is due"
+        )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    averages = next((type(c).__name__ for c in callbacks for name in averaging if is_a(c, name)), None)
+    if count and averages:
+        raise QATError(
+            f"batch_norm.reestimate={count} finds statistics for the weights that are trained, not for those that "
+            f"{averages} averages; set it to 0 and call qat.reestimate_batch_norm(model, batches) after fit"
+        )
 
 
 def _nothing(original: Any, *args: Any, **kwargs: Any) -> None:

@@ -19,8 +19,9 @@ log = logging.getLogger(__name__)
 class QuantizationMonitor(AnyCallback):
     """Looks when fit begins, every `every_n_steps` steps of the schedule, and at the end; list it after QATCallback.
 
-    Keys: `qat/sqnr_db`, `qat/sqnr_db_worst`, `qat/clipped_pct`, `qat/changed_pct` (since the last look),
-    `qat/changed_since_start_pct`, `qat/scale_drift_pct` over all weights, and each for every parameter as
+    Keys: `qat/sqnr_db`, `qat/sqnr_db_worst`, `qat/clipped_pct`, `qat/changed_pct` and `qat/turned_pct` (both since the
+    last look), `qat/changed_since_start_pct`, `qat/scale_drift_pct`, and where `freeze_oscillating` counts
+    `qat/oscillating_pct` and `qat/frozen_pct`: over all weights, and each for every parameter as
     `qat/<metric>/<parameter>`; see `qat.health`. "Start" is where this fit began. Without a logger it does nothing.
     """
 
@@ -58,6 +59,8 @@ class QuantizationMonitor(AnyCallback):
         self._log(trainer, look(pl_module), state.record.step)
 
     def _log(self, trainer: Trainer, now: dict[str, Look], step: int) -> None:
+        if self._last is not now:
+            now = {name: seen.after(self._last[name]) for name, seen in now.items()}
         metrics = {f"qat/{name}": value for name, value in summary(now, self._start, self._last).items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)

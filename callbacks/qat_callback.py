@@ -6,6 +6,8 @@
     on_train_start    the first moment with final weights under every strategy: `fold` methods that look at batches,
                       scales are searched, `init` is done
     optimizer step    one `qat.after_optimizer_step` per step of the optimizer that owns the planned weights
+    on_validation_start, on_train_end
+                      statistics of batch norms are found anew where the recipe says so
     on_*_start        the schedule is applied again (a loaded checkpoint brings its own step)
 
 On an error Lightning calls `on_exception` but no `teardown`: both undo what was patched on the instance. The module
@@ -26,7 +28,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import qat
 from qat.bypass import planned_weights, watched
-from qat.callbacks.calibration import start_folded, start_from_gptq
+from qat.callbacks.calibration import refuse_unseen, settle_batch_norm, start_folded, start_from_gptq
+from qat.callbacks.dampening import dampened
 from qat.callbacks.lightning import AnyCallback, is_a, overrides
 from qat.callbacks.patches import Patch
 from qat.callbacks.selection import forget_best_scores
@@ -35,7 +38,7 @@ from qat.plan import Plan
 from qat.recipes import load_recipe
 from qat.recipes.schema import Recipe
 from qat.state import CHILD, require_state, state_of
-from qat.steps import follow, forget_observed, learned_scales, missing_from
+from qat.steps import follow, forget_observed, holds_from_now, learned_scales, missing_from
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -82,6 +85,7 @@ class QATCallback(AnyCallback):
         self._patches: list[Patch] = []
         self._counter: Any = None
         self._warned = self._told = self._swapped = self._calibrating = False
+        self._settled = -1
 
     # ---- structure -------------------------------------------------------------------------------------------------
 
@@ -167,6 +171,7 @@ class QATCallback(AnyCallback):
                 f"min_steps={trainer.min_steps} and min_epochs={trainer.min_epochs}; leave both out"
             )
         _refuse_optimizers(trainer, pl_module)
+        refuse_unseen(trainer, pl_module, self.recipe, AVERAGING)
         low = [name for name, w in planned_weights(pl_module).items() if w.dtype in (torch.bfloat16, torch.float16)]
         if low and not self._warned:
             self._warned = True
@@ -197,6 +202,9 @@ class QATCallback(AnyCallback):
             # nothing is to be trained: Lightning looks at this before the first batch
             trainer.should_stop = True
         _share_record(trainer, pl_module)
+        if any(phase.dampen for phase in self.recipe.phases.values()):
+            # now, outside of what distillation makes of the step's loss
+            self._patches.append(Patch(pl_module, "training_step", functools.partial(dampened, pl_module)))
         self._stop_counting()
         owner = owner_of_planned(trainer, pl_module)
 
@@ -223,9 +231,27 @@ class QATCallback(AnyCallback):
             self._swapped = False
             qat.weights_changed(pl_module)
         qat.apply_schedule(pl_module)
+        state = require_state(pl_module)
+        if self._settled != state.record.step and holds_from_now(state):
+            # the weights learn under these statistics from now on
+            self._settled = state.record.step
+            self._settle_batch_norm(trainer, pl_module, held=True)
+
+    def _settle_batch_norm(self, trainer: Trainer, pl_module: LightningModule, held: bool = False) -> None:
+        if self.recipe.batch_norm.reestimate and qat.apply_schedule(pl_module).active:
+            self._calibrating = True
+            try:
+                settle_batch_norm(trainer, pl_module, self.recipe.batch_norm.reestimate, held)
+            finally:
+                self._calibrating = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         qat.apply_schedule(pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._settle_batch_norm(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle_batch_norm(trainer, pl_module)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qat import fold
+    from qat.batch_norm import reestimate_batch_norm
     from qat.bypass import rehearse
     from qat.convert import Bundle, convert, load_from_checkpoint
     from qat.distill import distill_loss
     from qat.errors import ExportError, QATError, RecipeError
     from qat.export import Receipt, export, rehearse_export
+    from qat.oscillation import dampening
     from qat.plan import Plan
     from qat.prepare import is_prepared, plan, prepare, unprepare
     from qat.qtensor import QTensor
@@ -37,6 +39,7 @@ __all__ = [
     "after_optimizer_step",
     "apply_schedule",
     "convert",
+    "dampening",
     "distill_loss",
     "export",
     "fold",
@@ -45,6 +48,7 @@ __all__ = [
     "load_from_checkpoint",
     "plan",
     "prepare",
+    "reestimate_batch_norm",
     "rehearse",
     "rehearse_export",
     "unprepare",
@@ -53,11 +57,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "qat.batch_norm": ("reestimate_batch_norm",),
     "qat.bypass": ("rehearse",),
     "qat.convert": ("Bundle", "convert", "load_from_checkpoint"),
     "qat.distill": ("distill_loss",),
     "qat.errors": ("ExportError", "QATError", "RecipeError"),
     "qat.export": ("Receipt", "export", "rehearse_export"),
+    "qat.oscillation": ("dampening",),
     "qat.plan": ("Plan",),
     "qat.prepare": ("is_prepared", "plan", "prepare", "unprepare"),
     "qat.qtensor": ("QTensor",),

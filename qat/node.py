@@ -138,13 +138,11 @@ class Slot:
             return grad.to(like) if needs[0] else None, None, None, None
         assert t is not None and scale is not None
         through = grad if blend is None else grad * blend.to(grad.dtype)
-        dt, *dfields = self.spec.grid.vjp(
+        dt, *dfields = self.quantizer.vjp(
+            self.spec,
             self.rows(through),
             self.rows(t.detach()),
-            scale,
-            zero,
-            minimum,
-            self.quantizer.identity_gradient,
+            Fields(scale, zero, minimum),
             tuple(needs),  # type: ignore[arg-type]
             fresh and blend is None,
         )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.batch_norm import hold_batch_norm
 from qat.bypass import close_fast_paths, reopen_fast_paths
 from qat.errors import QATError
 from qat.layers import (
@@ -29,6 +30,7 @@ from qat.layers import (
     weight_quantizers,
 )
 from qat.layout import Layout
+from qat.oscillation import add_counts
 from qat.plan import Plan, PlanRow, make_plan
 from qat.quantizers import Quantizer, make_quantizer
 from qat.recipes import load_recipe, to_dict
@@ -128,10 +130,15 @@ def _keep_freed_memory() -> None:
 def _insert(model: nn.Module, state: QATState, found: Plan, search: bool) -> None:
     shared: dict[int, Quantizer] = _existing(model)
     fresh: dict[str, QATLayer] = {}
+    counts = any(phase.get("freeze_oscillating") for phase in state.record.recipe["phases"].values())
     for row in found.rows:
         layer = model.get_submodule(row.name)
         if not isinstance(layer, QATLayer):
             _swap(layer, row, shared)
+            if counts:
+                for key, quantizer in layer._modules.items():
+                    if isinstance(quantizer, Quantizer) and quantizer.layout.kind != "tokens":
+                        add_counts(quantizer, layer._parameters[key.removesuffix("_quantizer")])  # type: ignore[arg-type]
             fresh[row.name] = layer  # type: ignore[assignment]
     close_fast_paths(model)
     state.plan = found
@@ -221,6 +228,7 @@ def _made(spec: Any, layout: Layout, weight: Tensor, layer: nn.Module) -> Quanti
 def unprepare(model: nn.Module) -> None:
     """Restore every module to what it was before `prepare`, bit for bit (the weights stay as they are now)."""
     reopen_fast_paths(model)
+    hold_batch_norm(model, False)
     for layer in list(model.modules()):
         if isinstance(layer, QATLayer):
             original: Any = layer._qat.original

@@ -20,6 +20,9 @@ class State:
     strength: float = 1.0
     freeze_scales: bool = False
     bits: Mapping[str, int] = field(default_factory=dict)
+    freeze_batch_norm: bool = False
+    freeze_oscillating: float = 0.0
+    dampen: float = 0.0
 
     @property
     def final(self) -> bool:
@@ -46,10 +49,19 @@ class Schedule:
             entry for entry in reversed(self.phases) if entry[0] <= step or entry is self.phases[0]
         )
         if not phase.quantize:
-            return State(name, active=False, strength=0.0, freeze_scales=phase.freeze_scales)
+            return State(name, False, 0.0, phase.freeze_scales, freeze_batch_norm=phase.freeze_batch_norm)
         strength = min(1.0, (step - start + 1) / (phase.ramp + 1)) if phase.ramp else 1.0
         bits = {rule: count for rule, count in phase.bits.items() if count != self.own.get(rule)}
-        return State(name, True, strength, phase.freeze_scales, bits)
+        return State(
+            name,
+            True,
+            strength,
+            phase.freeze_scales,
+            bits,
+            phase.freeze_batch_norm,
+            phase.freeze_oscillating,
+            phase.dampen,
+        )
 
     def first_final_step(self) -> int | None:
         """The first step from which on the quantization is fully on until the end; None if it never is."""

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from qat.batch_norm import hold_batch_norm
 from qat.codes import bytes_of, stays
 from qat.errors import QATError
 from qat.layers import QATLayer, input_quantizer, layer_quantizers, weight_quantizers
+from qat.oscillation import count_step
 from qat.quantizers import Quantizer
 from qat.recipes import from_dict
 from qat.schedule import Schedule, State
@@ -129,8 +131,17 @@ def apply_schedule(model: nn.Module, step: int | None = None) -> State:
         for quantizer in weight_quantizers(layer).values():
             quantizer.set_bits(bits)
     _freeze(model, state, now.freeze_scales)
+    hold_batch_norm(model, now.freeze_batch_norm)
     state.applied = now
     return now
+
+
+def holds_from_now(state: QATState) -> bool:
+    """Whether batch norms keep their statistics from this optimizer step on, and did not in the one before."""
+    schedule, step = state.schedule, state.record.step
+    if schedule is None or not schedule.at(step).freeze_batch_norm:
+        return False
+    return step == 0 or not schedule.at(step - 1).freeze_batch_norm
 
 
 def weights_changed(model: nn.Module) -> None:
@@ -216,6 +227,7 @@ def after_optimizer_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -
         quantizer.commit()
     remember_dtypes(model)
     before = apply_schedule(model)
+    count_step(model, before)
     now = apply_schedule(model, state.record.step + 1)
     if now.active and not before.active:
         # a delayed start: the scales are searched on the weights of this moment, not on those of step 0

@@ -21,15 +21,22 @@ WEIGHT_QUANTIZERS = {
     "minmax": ("int", "float"),
     "mse": ("none", "int", "float"),
     "lsq": ("none", "int", "float"),
+    "lsq_plus": ("int", "float"),
+    "ewgs": ("none", "int", "float"),
+    "quest": ("none",),
+    "absmean": ("none",),
 }
 INPUT_QUANTIZERS = {
     "absmax": ("none",),
     "minmax": ("int", "float"),
     "lsq": ("none", "int", "float"),
+    "lsq_plus": ("int", "float"),
+    "pact": ("none",),
     "ema": ("none", "int", "float"),
 }
 # Recomputed in every forward, so they follow a change of bits by themselves; the others keep a scale per input tensor.
-DYNAMIC_QUANTIZERS = ("absmax", "minmax")
+DYNAMIC_QUANTIZERS = ("absmax", "minmax", "quest", "absmean")
+STATIC_INPUT_QUANTIZERS = ("lsq", "lsq_plus", "pact", "ema")
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 INPUT_GRANULARITIES = ("tensor", "token", "group")
 ZERO_POINTS = ("none", "int", "float")
@@ -45,7 +52,7 @@ TASKS = ("causal_lm", "image_classification", "sentence_embedding")
 SCHEDULERS = ("cosine", "constant")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true")
 LOGGERS = ("none", "csv", "wandb")
-_PARTS = ("fold", "init", "distill", "export", "train")
+_PARTS = ("fold", "init", "batch_norm", "distill", "export", "train")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -87,6 +94,7 @@ def check(recipe: Recipe) -> list[str]:
     found += _phases(recipe)
     found += folding.reasons(recipe)
     found += _init(recipe)
+    found += _at_least("batch_norm.reestimate", recipe.batch_norm.reestimate, 0)
     found += _distill(recipe.distill)
     if recipe.distill.hidden > 0 and not recipe.distill.enabled:
         found.append(f"distill.hidden: {show(recipe.distill.hidden)} does nothing with enabled=false; allowed: 0")
@@ -174,7 +182,7 @@ def _rule(rule: Rule, path: str) -> list[str]:
             )
     if rule.input is not None:
         found += _slot(rule.input, f"{path}.input", INPUT_GRANULARITIES, INPUT_QUANTIZERS)
-        if rule.input.granularity in ("token", "group") and rule.input.quantizer in ("lsq", "ema"):
+        if rule.input.granularity in ("token", "group") and rule.input.quantizer in STATIC_INPUT_QUANTIZERS:
             found.append(
                 f"{path}.input.granularity: {show(rule.input.granularity)} is not allowed with quantizer="
                 f"{rule.input.quantizer}, whose range is fixed before a token is seen; allowed: tensor, or "
@@ -268,6 +276,8 @@ def _phases(recipe: Recipe) -> list[str]:
             found.append(f"{path}.steps: 0, no training, is not allowed after other phases; allowed: -1")
         if name != last and phase.steps < 0:
             found.append(f"{path}.steps: {phase.steps} is not allowed before the last phase; allowed: 0 or more")
+        found += _within(f"{path}.freeze_oscillating", phase.freeze_oscillating, "[0, 1)")
+        found += _at_least(f"{path}.dampen", phase.dampen, 0)
         found += _at_least(f"{path}.ramp", phase.ramp, 0)
         if phase.ramp > phase.steps >= 0:
             found.append(f"{path}.ramp: {phase.ramp} is longer than the phase; allowed: 0..{phase.steps}")
@@ -275,8 +285,14 @@ def _phases(recipe: Recipe) -> list[str]:
             found.append(f"{path}.ramp: {phase.ramp} is not allowed with quantize=false; allowed: 0")
         if phase.bits and not phase.quantize:
             found.append(f"{path}.bits: {show(phase.bits)} is not allowed with quantize=false; allowed: {{}}")
+        for key in ("freeze_oscillating", "dampen"):
+            if getattr(phase, key) and not phase.quantize:
+                found.append(
+                    f"{path}.{key}: {show(getattr(phase, key))} is not allowed with quantize=false; allowed: 0"
+                )
         found += _phase_bits(phase, path, recipe.rules)
-        static = [key for key, rule in recipe.rules.items() if rule.input and rule.input.quantizer in ("lsq", "ema")]
+        kept = [(key, rule.input.quantizer) for key, rule in recipe.rules.items() if rule.input]
+        static = [key for key, name in kept if name in STATIC_INPUT_QUANTIZERS]
         if phase.steps == 0 and name == last and static:
             found.append(
                 f"{path}.steps: 0 is not allowed with {join('rules', static[0])}.input.quantizer="
@@ -306,7 +322,7 @@ def _phase_bits(phase: Phase, path: str, rules: dict[str, Rule]) -> list[str]:
             found.append(
                 f"{where}: {bits} is not allowed for a weight with zero_point={rule.weight.zero_point} and "
                 f"quantizer={rule.weight.quantizer}, whose zero point is kept; allowed: zero_point=none, or "
-                f"quantizer={' or '.join(DYNAMIC_QUANTIZERS)}"
+                f"quantizer={' or '.join(DYNAMIC_QUANTIZERS[:2])}"
             )
     return found
 

@@ -29,7 +29,8 @@ class Slot:
     # scale that groups share: q2_k | q3_k | q4_k | q5_k | q6_k, ggml's k-quants | nvfp4, as TensorRT-LLM has it, or
     # nvfp4_over, as compressed-tensors has it | bnb_nested, double quantization of bitsandbytes.
     scale: str = "portable"
-    # How a scale is found. Weights: absmax | minmax | mse | lsq; inputs: absmax | minmax | lsq | ema.
+    # How a scale is found. Weights: absmax | minmax | mse | lsq | lsq_plus, with a learned zero point | ewgs and quest,
+    # other gradients of the weight | absmean, for grid=ternary; inputs: absmax | minmax | lsq | lsq_plus | pact | ema.
     quantizer: str = "absmax"
     # Which codes exist. int: consecutive integers | ternary: -1, 0, 1 (2 bits) | seq: -3/4, -1/4, 1/4, 3/4 of the scale
     # (2 bits) | binary: -1, 1 (1 bit) | nf4, iq4_nl: tables of 16 levels (4 bits) | fp4: floats e2m1 (4 bits)
@@ -93,6 +94,14 @@ class Phase:
     ramp: int = 0
     # Learned scales and running ranges stop moving.
     freeze_scales: bool = False
+    # Batch norms use and keep their running statistics, in training too, so that the weights learn under those that are
+    # deployed.
+    freeze_batch_norm: bool = False
+    # A weight whose code turns back in more than this share of the steps (a moving average over about 100) is frozen
+    # on the code where it is on the average (Nagel et al. 2022: from 0.1 down to 0.01 at 4 bits); 0: none is.
+    freeze_oscillating: float = 0.0
+    # Strength of a loss that draws weights onto their codes: this times the sum of (w - w_hat)^2; 0: none.
+    dampen: float = 0.0
     # Weight bits of a rule during this phase, by the rule's name; other rules use their own.
     bits: dict[str, int] = field(default_factory=dict)
 
@@ -149,6 +158,15 @@ class Fold:
     batches: int = 16
     # null: known by the architecture (Llama, Mistral, Qwen2, Qwen3).
     network: Network | None = None
+
+
+@dataclass
+class BatchNorm:
+    """Batch norms of a network at few bits, whose running statistics lag behind the codes."""
+
+    # Training batches from which statistics are found anew before each validation, before a phase freezes them, and at
+    # the end of training; 0: they stay as training left them. Nagel et al. 2022 take 50.
+    reestimate: int = 0
 
 
 @dataclass
@@ -246,6 +264,7 @@ class Recipe:
     phases: dict[str, Phase] = field(default_factory=lambda: {"qat": Phase()})
     fold: Fold = field(default_factory=Fold)
     init: Init = field(default_factory=Init)
+    batch_norm: BatchNorm = field(default_factory=BatchNorm)
     distill: Distill = field(default_factory=Distill)
     export: Export = field(default_factory=Export)
     train: Train = field(default_factory=Train)

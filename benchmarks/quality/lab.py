@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 import qat
 from qat import distill
+from qat.layout import Layout
+from qat.qtensor import Fields
+from qat.quantizers import make_quantizer
 from qat.recipes import Train
+from qat.specs import QuantSpec
 from qat.tasks.base import learning_rate_factor
 
 Scores = dict[str, float]
@@ -35,6 +40,8 @@ class Lab(ABC):
     counts_levels = True
     # where the network's parts are, in the words of a recipe's `fold.network`; None: it cannot be folded, or is known
     network: dict[str, Any] | None = None
+    # words of the rule that says which layers are quantized; empty: every linear but the head
+    layers: Mapping[str, Any] = MappingProxyType({})
     # of the float model and of quantization-aware training; what a schedule does not say is `Train`'s default: AdamW
     # with betas .9/.95, warm-up over 5 % of the steps, cosine to zero, gradients clipped to norm 1
     float_schedule: Train
@@ -52,6 +59,10 @@ class Lab(ABC):
     def batch(self, order: int, step: int) -> Any:
         """Inputs of one step; order 0 is that of the float model's training, 1 that of all methods."""
 
+    def inputs(self, batch: Any) -> Any:
+        """What of a batch the model takes; all of it if not said otherwise."""
+        return batch
+
     @abstractmethod
     def task_loss(self, output: Tensor, batch: Any) -> Tensor:
         """The loss that the float model was trained with, of the model's output on the batch."""
@@ -67,6 +78,9 @@ class Lab(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """About the data, for the results' environment."""
+
+    def settle(self, model: nn.Module) -> None:  # noqa: B027
+        """What follows a method's training, or replaces it, before figures are taken; nothing if not said otherwise."""
 
     def pretrain(self) -> None:
         """Train the float model."""
@@ -84,28 +98,30 @@ class Lab(ABC):
     def copy(self) -> nn.Module:
         return copy.deepcopy(self.float_model)
 
-    def loss(self, model: nn.Module, kind: str, step: int, hidden: float = 0.0) -> Tensor:
-        """Loss of step `step` of a method's training: `ce`, the task's own, or `kl` to the float model, with `hidden`
-        as the weight of the hidden states' error."""
+    def loss(self, model: nn.Module, kind: str, step: int, hidden: float = 0.0, temperature: float = 1.0) -> Tensor:
+        """Loss of step `step` of a method's training: `ce`, the task's own, or `kl` to the float model at a temperature
+        of both, with `hidden` as the weight of the hidden states' error."""
         if kind == "ce":
             return self._supervised(model, 1, step)
         if hidden:
-            tap = distill.tap_of(model) or distill.attach(model, self.float_model, loss=kind, hidden=hidden)
+            tap = distill.tap_of(model) or distill.attach(
+                model, self.float_model, loss=kind, temperature=temperature, hidden=hidden
+            )
             with tap.open():
-                model(self.batch(1, step))
+                model(self.inputs(self.batch(1, step)))
             return tap.take()
-        output = distill.output_of(model(self.batch(1, step)))
-        return distill.LOSSES[kind](output, self.teacher[step])
+        output = distill.output_of(model(self.inputs(self.batch(1, step))))
+        return distill.LOSSES[kind](output, self.teacher[step], None, temperature)
 
     @cached_property
     def teacher(self) -> list[Tensor]:
         """The float model's outputs on the batches of all steps."""
         with torch.no_grad():
-            return [distill.output_of(self.float_model(self.batch(1, step))) for step in range(self.steps)]
+            return [distill.output_of(self.float_model(self.inputs(self.batch(1, step)))) for step in range(self.steps)]
 
     def _supervised(self, model: nn.Module, order: int, step: int) -> Tensor:
         batch = self.batch(order, step)
-        return self.task_loss(distill.output_of(model(batch)), batch)
+        return self.task_loss(distill.output_of(model(self.inputs(batch))), batch)
 
 
 def train(
@@ -154,7 +170,22 @@ def exported(model: nn.Module, plain: nn.Module) -> nn.Module:
                 fake = quantizer(layer._parameters[key])
             assert torch.equal(weights[f"{name}.{key}"], fake), f"{name}.{key}: exported differs from trained"
     plain.load_state_dict({**bundle.floats, **weights})
+    for name, (spec, fields) in bundle.inputs.items():
+        plain.get_submodule(name).register_forward_pre_hook(_rounded(spec, fields))
     return plain.eval()
+
+
+def _rounded(spec: QuantSpec, fields: Fields | None) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+    """A hook that rounds a layer's input: to the range that was exported, or to each input's own."""
+    own = make_quantizer(spec, Layout((1, 1), "tokens"))
+
+    def hook(module: nn.Module, given: tuple[Tensor]) -> Tensor:
+        x = given[0]
+        rows = own.rows_layout(x).to_rows(x)
+        codes, found = own.quantize(rows, spec, fields)
+        return own.rows_layout(x).from_rows(spec.grid.decode(codes, *found)).to(x.dtype)
+
+    return hook
 
 
 class _Products(TorchFunctionMode):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import qat
@@ -17,14 +16,13 @@ from benchmarks.peers import Builder
 from benchmarks.quality.lab import SPLITS, Lab, Scores, exported, levels, train
 from benchmarks.schemes import Slot, recipe
 from qat import distill
+from qat.batch_norm import hold_batch_norm
 from qat.errors import QATError
-from qat.layers import input_quantizer
 from qat.recipes import Train
-from qat.steps import learned_scales, qat_layers
+from qat.steps import learned_scales
 
 # the same for every method that trains; one is chosen on the tuning split of the first seed
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-QUICK_RATES = (3e-4, 1e-3)
 CONTROL = "float trained on"
 # these hold the network in float: one run serves every width
 WIDTHLESS = (FLOAT, CONTROL)
@@ -65,6 +63,7 @@ class Method:
     input      words of the input's slot, where the width has one
     fold       words of the recipe's `fold`; where the network's parts are is the lab's to say
     recipe     more words of the recipe, like phases
+    temperature  of both models in that KL
     hidden     weight of the hidden states' error (`qat.distill.hidden`)
     scale_rate learning rate of learned scales over that of the weights
     judge      the score by which the learning rate is chosen, lower is better
@@ -79,6 +78,7 @@ class Method:
     input: Slot = field(default_factory=dict)
     fold: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0
     hidden: float = 0.0
     scale_rate: float = 1.0
     judge: str = "kl"
@@ -98,7 +98,8 @@ class Case:
     quick      (widths, methods) of `--quick`
     ratios     metric -> the tools of which the best is divided by
     trials     variants of `OURS` (`--try`)
-    rates      learning rates that are tried; None: those of the suite
+    rates      learning rates that are tried
+    lost       metric -> (metric, tool): how much less of it ours has than the tool
     """
 
     lab: type[Lab]
@@ -107,7 +108,8 @@ class Case:
     quick: tuple[tuple[str, ...], tuple[str, ...]]
     ratios: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     trials: Mapping[str, Method] = field(default_factory=dict)
-    rates: tuple[float, ...] | None = None
+    rates: tuple[float, ...] = RATES
+    lost: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def gptq(model: nn.Module, lab: Lab, latent: bool) -> None:
@@ -138,7 +140,7 @@ def measured(name: str, method: Method, width: str, grid: Width, lab: Lab, rate:
         model = _ours(lab, method, width, grid, rate)
     if name not in WIDTHLESS and lab.counts_levels:
         with levels(grid.levels, len(linears(lab.float_model))):
-            model(lab.batch(1, 0))
+            model(lab.inputs(lab.batch(1, 0)))
     return {split: lab.scores(model, split) for split in SPLITS}
 
 
@@ -146,13 +148,18 @@ def _train(lab: Lab, method: Method, model: nn.Module, rate: float | None, **mor
     if method.loss is not None and rate is not None:
         loss = method.loss
         schedule = Train(lr=rate, max_steps=lab.steps)
-        train(model, schedule, lambda step: lab.loss(model, loss, step, method.hidden), **more)
+
+        def of_step(step: int) -> Tensor:
+            found = lab.loss(model, loss, step, method.hidden, method.temperature)
+            return found + qat.dampening(model) if qat.is_prepared(model) else found
+
+        train(model, schedule, of_step, **more)
         distill.detach(model)
 
 
 def _peers(lab: Lab, method: Method, grid: Width, rate: float | None) -> nn.Module:
     assert method.peer is not None
-    model = method.peer(grid)(lab.copy(), lab.batch(1, 0))
+    model = method.peer(grid)(lab.copy(), lab.inputs(lab.batch(1, 0)))
     try:
         _train(lab, method, model, rate)
     except Exception as problem:
@@ -168,7 +175,7 @@ def _ours(lab: Lab, method: Method, width: str, grid: Width, rate: float | None)
     more = {**method.recipe, "fold": {**method.fold, "network": lab.network}} if method.fold else method.recipe
     model = lab.copy()
     try:
-        made = recipe(rule, distill={"enabled": method.loss == "kl"}, **more)
+        made = recipe({**rule, **lab.layers}, distill={"enabled": method.loss == "kl"}, **more)
         qat.fold.apply(model, made, lab.calibration())
         folded = copy.deepcopy(model)
         qat.prepare(model, made)
@@ -182,21 +189,16 @@ def _ours(lab: Lab, method: Method, width: str, grid: Width, rate: float | None)
     scales = list(learned_scales(model).values())
     apart = [(scales, method.scale_rate)] if scales and method.scale_rate != 1.0 else []
     _train(lab, method, model, rate, after=lambda optimizer: qat.after_optimizer_step(model, optimizer), rates=apart)
-    return _with_inputs(exported(model.eval(), lab.copy()), model)
+    if method.loss is None and grid.input is not None:
+        _show(model, lab)
+    lab.settle(model)
+    return exported(model.eval(), lab.copy())
 
 
-def _with_inputs(plain: nn.Module, model: nn.Module) -> nn.Module:
-    """`plain`, whose layers now read the inputs that the prepared layers of `model` would compute with."""
-    for name, layer in qat_layers(model).items():
-        quantizer = input_quantizer(layer)
-        if quantizer is not None:
-            plain.get_submodule(name).register_forward_pre_hook(_reader(quantizer))
-    return plain
-
-
-def _reader(quantizer: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    def rounded(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return (quantizer(inputs[0]), *inputs[1:])
-
-    return rounded
+def _show(model: nn.Module, lab: Lab) -> None:
+    """Calibration inputs to a model that is not trained, for ranges that stay; batch norms keep their statistics."""
+    hold_batch_norm(model.train(), True)
+    for inputs in lab.calibration():
+        model(inputs)
+    qat.after_optimizer_step(model)
+    hold_batch_norm(model, False)

@@ -41,7 +41,7 @@ from benchmarks.common import RESULTS, Missing, Row, environment, missing, revis
 from benchmarks.quality.bytes_lm import CORPORA
 from benchmarks.quality.cases import CASES
 from benchmarks.quality.lab import Lab, Scores
-from benchmarks.quality.methods import QUICK_RATES, RATES, WIDTHLESS, Method, measured
+from benchmarks.quality.methods import WIDTHLESS, Case, Method, measured
 from benchmarks.quality.summary import SUITE, rows_of
 from qat.errors import QATError
 
@@ -265,8 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
             widths, tools = chosen(name, options)
             if not widths or not tools:
                 continue
-            began = time.monotonic()
-            rates = RATES[2:3] if dry else QUICK_RATES if quick else CASES[name].rates or RATES
+            began, rates = time.monotonic(), rates_of(CASES[name], quick, dry)
             suite = Suite(Place(name, options.corpus, dry, folder), widths, tools, seeds, rates, pool)
             suite.run()
             rows += suite.rows() if options.trial is None else suite.trial_rows()
@@ -305,6 +304,12 @@ def _has(rows: Sequence[Row], name: str) -> bool:
 def _order(case: str) -> int:
     """Where the case of a width, "B1 W4", stands among all cases."""
     return next((i for i, (n, c) in enumerate(CASES.items()) if case.removeprefix(f"{n} ") in c.widths), len(CASES))
+
+
+def rates_of(case: Case, quick: bool, dry: bool) -> Sequence[float]:
+    """All of the case's learning rates, its two in the middle, or one."""
+    middle = len(case.rates) // 2
+    return case.rates[middle : middle + 1] if dry else case.rates[middle - 1 : middle + 1] if quick else case.rates
 
 
 def chosen(name: str, options: argparse.Namespace) -> tuple[list[str], list[str]]:

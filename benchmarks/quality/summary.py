@@ -62,6 +62,12 @@ def ratios(found: Found, width: str, others: Sequence[str]) -> dict[int, float]:
     return {seed: scores["kl"] / min(other[seed]["kl"] for other in theirs) for seed, scores in ours.items() if theirs}
 
 
+def lost(found: Found, width: str, metric: str, tool: str) -> dict[int, float]:
+    """Seed -> how much less of `metric` ours has than `tool`; empty where one side has no figures."""
+    ours, theirs = found.get((width, OURS), {}), found.get((width, tool), {})
+    return {seed: theirs[seed][metric] - scores[metric] for seed, scores in ours.items() if seed in theirs}
+
+
 def rows_of(
     name: str,
     case: Case,
@@ -89,4 +95,7 @@ def rows_of(
         for metric, others in case.ratios.items():
             if ratio := ratios(found, width, others):
                 rows += over_seeds(where, OURS, metric, ratio, grid.goals.get(metric), bounded=True)
+        for metric, (of, tool) in case.lost.items():
+            if less := lost(found, width, of, tool):
+                rows += over_seeds(where, OURS, metric, less, grid.goals.get(metric), bounded=True)
     return rows

@@ -26,7 +26,7 @@ from qat.errors import QATError
 from qat.fake_quant_kernels import dynamic, rowwise4
 from qat.fake_quant_kernels import fields as ranges
 from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
-from qat.grids import FloatGrid
+from qat.grids import FloatGrid, Gradients
 from qat.layout import Layout
 from qat.qtensor import Fields, QTensor
 from qat.scales import TwoLevel
@@ -107,6 +107,19 @@ class Quantizer(nn.Module):
         again for every micro-batch. None: `qparams` runs."""
         return None
 
+    def vjp(
+        self,
+        spec: QuantSpec,
+        grad: Tensor,
+        w_RK: Tensor,
+        fields: Fields,
+        needs: tuple[bool, bool, bool, bool],
+        spend: bool = False,
+    ) -> Gradients:
+        """Gradients of rows, scale, zero and minimum (where needed) from that of the fake-quantized rows, as
+        `qat.grids.Grid.vjp` has them; a subclass with a gradient rule of its own writes this."""
+        return spec.grid.vjp(grad, w_RK, *fields, self.identity_gradient, needs, spend)
+
     def learned(self) -> tuple[nn.Parameter, ...]:
         """Parameters that the optimizer moves, in a fixed order."""
         return ()
@@ -181,8 +194,11 @@ class Quantizer(nn.Module):
         layout = self.rows_layout(w)
         with torch.autocast(device_type=w.device.type, enabled=False):
             rows = layout.to_rows(w).float()
-            fields = self.stored(self.qparams(rows))
-            fake = self.live_spec.grid.fake_quantize(rows, *fields, self.identity_gradient)
+            fields, spec = self.stored(self.qparams(rows)), self.live_spec
+            if type(self).vjp is Quantizer.vjp:
+                fake = spec.grid.fake_quantize(rows, *fields, self.identity_gradient)
+            else:
+                fake = _Ruled.apply(rows, *fields, spec, self)  # type: ignore[no-untyped-call]
             return layout.from_rows(fake).to(out_dtype or w.dtype)
 
     @final
@@ -261,9 +277,39 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class _Ruled(torch.autograd.Function):
+    """Fake quantization with the gradient rule of a quantizer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        w_RK: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        minimum: Tensor | None,
+        spec: QuantSpec,
+        quantizer: Quantizer,
+    ) -> Tensor:
+        ctx.save_for_backward(w_RK, scale, zero, minimum)
+        ctx.how = spec, quantizer
+        return spec.grid.fake_quantize(w_RK, scale, zero, minimum)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (w, *fields), (spec, quantizer) = ctx.saved_tensors, ctx.how
+        return *quantizer.vjp(spec, grads[0], w, Fields(*fields), ctx.needs_input_grad[:4]), None, None
+
+
 def _grouping(w_RK: Tensor, spec: QuantSpec) -> tuple[Tensor, int]:
     """(rows, groups in a row); per tensor all numbers are one row."""
     return (w_RK.reshape(1, -1), 1) if spec.granularity == "tensor" else (w_RK, spec.groups(w_RK.shape[1]))
+
+
+def grouped(w_RK: Tensor, spec: QuantSpec) -> Tensor:
+    """Rows [R, K] as [R, G, K / G], or [1, 1, R * K] where one scale serves all."""
+    rows, groups = _grouping(w_RK, spec)
+    return rows.reshape(rows.shape[0], groups, -1)
 
 
 def _bounds(spec: QuantSpec) -> tuple[torch.dtype, float, float]:

@@ -99,7 +99,7 @@ class Stored(Quantizer):
     start_scale [P, R, G], start_zero [1, R, G] and start_minimum [P, R, G] with P = `spec.scale_grid.parts`.
     """
 
-    zero_points = ("none", "int", "float")
+    zero_points: tuple[str, ...] = ("none", "int", "float")
     keeps_fields = True
 
     def build(self) -> None:

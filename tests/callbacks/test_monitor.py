@@ -57,6 +57,44 @@ def test_clipped_numbers_of_uneven_grids(kind: str, bits: int) -> None:
     assert now.clipped_pct == 12.5 and now.changed_pct(before) > 0.0
 
 
+@pytest.mark.parametrize("kind", ["int", "fp4", "e4m3"])
+def test_codes_that_turn_back(kind: str) -> None:
+    """Mutations: codes of floats compared as they lie, the direction forgotten where nothing moved: red."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 1, bias=False))
+    bits = {"int": 4, "fp4": 4, "e4m3": 8}[kind]
+    qat.prepare(
+        model, recipe({"grid": kind, "bits": bits, "granularity": "channel", "group_size": None, "quantizer": "mse"})
+    )
+    top = float(model[0].weight_quantizer.qparams(None).scale)
+
+    def at(*values: float) -> Any:
+        with torch.no_grad():
+            model[0].weight.copy_(torch.tensor([values]) * top)
+        return look(model)["0.weight"]
+
+    start = at(1.0, 1.0, -2.0, 1.0)
+    one = at(2.0, 2.0, 1.0, 1.0).after(start)
+    two = at(2.0, 1.0, 2.0, 1.0).after(one)
+    three = at(1.0, 1.0, 4.0, 1.0).after(two)
+    # the second turns at once, the first after a look without a move, the third goes on, the last stays
+    assert [seen.turned_pct for seen in (one, two, three)] == [0.0, 25.0, 25.0]
+    assert summary({"w": three}, {"w": start}, {"w": two})["turned_pct"] == 25.0
+
+
+def test_what_is_counted_for_freezing_is_shown() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 2, bias=False))
+    qat.prepare(model, recipe(phases={"qat": {"freeze_oscillating": 0.1}}))
+    counts = model[0].weight_quantizer.oscillation
+    counts.frozen[0, :4] = True
+    counts.frequency[:, 2:6] = 2**29
+    seen = look(model)
+    found = summary(seen, seen, seen)
+    # those that are frozen oscillate no more
+    assert found["frozen_pct"] == found["frozen_pct/0.weight"] == 25.0
+    assert found["oscillating_pct"] == 100.0 * 6 / 16
+    assert "frozen_pct" not in summary({}, {}, {})
+
+
 def test_drift_and_changes_of_a_run(tmp_path: Path) -> None:
     module = Lit()
     logger = CSVLogger(tmp_path)
