@@ -82,6 +82,8 @@ TRIALS: dict[str, Method] = {
     "scale rate 3": replace(QAT, scale_rate=3.0),
     "scales frozen in the second half": replace(QAT, recipe=_HALF_FROZEN),
     "cross entropy": replace(QAT, loss="ce", hidden=0.0),
+    "QuEST": QAT.varied({"W4": {}, "W3": {}}, quantizer="quest", init="search"),
+    "EWGS": QAT.varied(quantizer="ewgs"),
 }
 
 B1 = Case(
