@@ -1,5 +1,5 @@
 """`fold`, `init` and `batch_norm` of a recipe in a Lightning run: training batches go through `training_step`, and
-SmoothQuant, AWQ or GPTQ through the layers."""
+SmoothQuant, AWQ, GPTQ or a weighted search through the layers."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from qat.recipes.schema import Init, Recipe
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
+    from qat.init.gptq import LayerError
+
 log = logging.getLogger(__name__)
 _BY_HAND = {"fold": "qat.fold.apply(model, recipe, batches)", "init": "qat.init.gptq(model, batches)"}
 
@@ -37,32 +39,46 @@ def start_folded(trainer: Trainer, pl_module: LightningModule, recipe: Recipe) -
     log.info("fold %s: done", recipe.fold.method)
 
 
-def start_from_gptq(trainer: Trainer, pl_module: LightningModule, init: Init) -> None:
-    """`qat.init.gptq` with the first `init.batches` batches of the training data.
+def start(trainer: Trainer, pl_module: LightningModule, init: Init) -> None:
+    """`qat.init.gptq`, or `qat.init.imatrix` without a method, with the first `init.batches` batches of the training
+    data; with the file `init.imatrix` none is looked at.
 
     Every rank sees its own batches; all then take the weights and scales of rank 0. Random numbers and metrics go on as
     if nothing had happened; a data set that can be read only once has lost these batches. Raises QATError for sharded
     weights and for manual optimization, whose step cannot be called.
     """
     from qat.init.gptq import gptq
+    from qat.init.imatrix import read_imatrix, search_weighted
 
-    with _calibration(trainer, pl_module, f"init.method={init.method}", init.batches) as (batches, forward):
-        rows = gptq(
-            pl_module,
-            batches,
-            latent=init.method == "gptq_latent",
-            damp=init.damp,
-            act_order=init.act_order,
-            weighted=init.weighted,
-            forward=forward,
-        )
+    if init.imatrix is not None:
+        _say(init, search_weighted(pl_module, squares=read_imatrix(init.imatrix, pl_module)))
+        return
+    said = "init.weighted=true" if init.method == "none" else f"init.method={init.method}"
+    with _calibration(trainer, pl_module, said, init.batches) as (batches, forward):
+        if init.method == "none":
+            rows = search_weighted(pl_module, batches, forward=forward)
+        else:
+            rows = gptq(
+                pl_module,
+                batches,
+                latent=init.method == "gptq_latent",
+                damp=init.damp,
+                act_order=init.act_order,
+                weighted=init.weighted,
+                forward=forward,
+            )
     _agree(pl_module)
+    _say(init, rows)
+
+
+def _say(init: Init, rows: list[LayerError]) -> None:
     gains = [row.error / row.rtn for row in rows if row.error is not None and row.rtn]
     mean = sum(gains) / len(gains) if gains else 1.0
-    log.info("init %s: %d layers, their error %.2f of rounding to nearest", init.method, len(gains), mean)
+    name = "weighted" if init.method == "none" else init.method
+    log.info("init %s: %d layers, their error %.2f of rounding to nearest", name, len(gains), mean)
     for row in rows:
         if row.note:
-            log.info("init %s: %s: %s", init.method, row.name, row.note)
+            log.info("init %s: %s: %s", name, row.name, row.note)
 
 
 def settle_batch_norm(trainer: Trainer, pl_module: LightningModule, count: int, held: bool = False) -> None:

@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import qat
 from qat.bypass import planned_weights, watched
-from qat.callbacks.calibration import refuse_unseen, settle_batch_norm, start_folded, start_from_gptq
+from qat.callbacks.calibration import refuse_unseen, settle_batch_norm, start, start_folded
 from qat.callbacks.dampening import dampened
 from qat.callbacks.lightning import AnyCallback, is_a, overrides
 from qat.callbacks.patches import Patch
@@ -193,8 +193,8 @@ class QATCallback(AnyCallback):
                 if not qat.fold.is_folded(pl_module, self.recipe):
                     start_folded(trainer, pl_module, self.recipe)
                 qat.initialize(pl_module)
-                if self.recipe.init.method != "none":
-                    start_from_gptq(trainer, pl_module, self.recipe.init)
+                if self.recipe.init.looks:
+                    start(trainer, pl_module, self.recipe.init)
             finally:
                 self._calibrating = False
         qat.apply_schedule(pl_module)

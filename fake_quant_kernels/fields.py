@@ -20,6 +20,8 @@ Shapes: w [R, K] in any float dtype, read as fp32; fields fp32 [R, G]; K % G == 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,22 @@ def range_of(w: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     if not blocks.numel():
         return blocks.new_zeros(blocks.shape[:-1]), blocks.new_zeros(blocks.shape[:-1])
     return blocks.amin(-1), blocks.amax(-1)
+
+
+def percentiles_of(w: Tensor, groups: int, share: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """w [R, K] -> ranges -high..high or low..high, fp32 [R, G], beyond which lie at most 1 - `share` of the numbers
+    of each group: of their magnitudes if symmetric, else of the numbers on either side. Both ends are numbers of the
+    group; a NaN counts as the largest."""
+    blocks = _blocks(w, groups)
+    count = blocks.shape[-1]
+    if not blocks.numel():
+        return blocks.new_zeros(blocks.shape[:-1]), blocks.new_zeros(blocks.shape[:-1])
+    # a share like 0.999 of 1000 is a little more than 999 in floats
+    rank = max(1, math.ceil(count * share - 1e-6))
+    if symmetric:
+        high = blocks.abs().kthvalue(rank).values
+        return -high, high
+    return blocks.kthvalue(count - rank + 1).values, blocks.kthvalue(rank).values
 
 
 def _blocks(w: Tensor, groups: int) -> Tensor:

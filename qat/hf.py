@@ -2,6 +2,7 @@
 
     empty_model(folder, meta=True)   the architecture alone: a plan of a model of any size at once
     load_model(folder)               the model with its weights (safetensors only)
+    load_on_disk(folder, scratch)    the same where memory does not hold them
     load_tokenizer(folder)           its tokenizer
 
 Everything that is wrong with a folder is a QATError that names the file. transformers is imported by the calls.
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from os import PathLike
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import QATError
 
@@ -126,6 +129,74 @@ def load_model(
     return model.eval()  # type: ignore[no-any-return]
 
 
+def load_on_disk(folder: str | PathLike[str], scratch: str | PathLike[str], *, auto: str = "AutoModel") -> nn.Module:
+    """The folder's model in fp32 with every parameter in a file of its own, mapped into memory: what is read can be
+    dropped and what is written goes back to the disk, so that memory need not hold the model. In eval mode.
+
+    Parameters come one by one from the checkpoint. The files are made in `scratch` and lose their names at once: the
+    space, 4 bytes for each parameter, is free when the process ends. Raises QATError for weights that cannot be read,
+    and for parameters that the checkpoint lacks under the model's own names.
+    """
+    from safetensors import safe_open
+
+    config = read_config(folder)
+    files = check_weights(folder)
+    wanted = _class(config, auto)
+    try:
+        with _quiet(), _no_parameters():
+            model: nn.Module = wanted._from_config(config, dtype=torch.float32)
+    except Exception as problem:
+        raise QATError(f"{Path(folder) / 'config.json'} describes no model: {_sentence(problem)}") from None
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (a handle, not a dict)
+                module, _, key = name.rpartition(".")
+                owner = dict(model.named_modules()).get(module)
+                expected = None if owner is None else owner._parameters.get(key)
+                if owner is None or expected is None:
+                    continue
+                found = opened.get_tensor(name)
+                if found.shape != expected.shape:
+                    raise QATError(f"{file}: {name} is {list(found.shape)}, the model's {list(expected.shape)}")
+                owner._parameters[key] = nn.Parameter(_mapped(found, Path(scratch)), expected.requires_grad)
+    model.tie_weights()  # type: ignore[operator]
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise QATError(
+            f"model folder {folder}: its weights lack {len(missing)} entries of {type(model).__name__} by its own "
+            f"names, {missing[0]!r} for one; load it into memory"
+        )
+    return model.eval()
+
+
+def _mapped(tensor: Tensor, scratch: Path) -> Tensor:
+    """A fp32 copy whose memory is a file without a name."""
+    handle, path = tempfile.mkstemp(dir=scratch, prefix="weights-")
+    os.close(handle)
+    try:
+        copied = torch.from_file(path, shared=True, size=max(1, tensor.numel()), dtype=torch.float32)
+    finally:
+        os.unlink(path)
+    return copied[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+@contextlib.contextmanager
+def _no_parameters() -> Iterator[None]:
+    """Inside, modules that are made have their parameters on the meta device, and their buffers as ever."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
 def load_tokenizer(folder: str | PathLike[str]) -> Any:
     """The folder's tokenizer. Raises QATError if it holds none."""
     place = Path(folder)
@@ -147,8 +218,8 @@ def has_tokenizer(folder: str | PathLike[str]) -> bool:
     return any((Path(folder) / name).is_file() for name in _TOKENIZERS)
 
 
-def check_weights(folder: str | PathLike[str]) -> None:
-    """Raises QATError unless the folder's weights are whole safetensors files; reads their headers only."""
+def check_weights(folder: str | PathLike[str]) -> list[Path]:
+    """The folder's files of weights. Raises QATError unless they are whole safetensors files; reads headers only."""
     from safetensors import safe_open
 
     place = Path(folder)
@@ -175,6 +246,7 @@ def check_weights(folder: str | PathLike[str]) -> None:
                 opened.keys()
         except Exception as problem:
             raise QATError(f"{file} is not a whole safetensors file: {_sentence(problem)}") from None
+    return files
 
 
 def _is_head(model: Any, key: str) -> bool:

@@ -27,6 +27,8 @@ class QuantSpec:
                            float: w = code * scale + minimum, the minimum stored like a scale
     scale                  how scales are stored (`qat.scales.SCALE_GRIDS`)
     quantizer              the name of a quantizer (`qat.quantizers`)
+    percentile             ranges that are found once or averaged hold this share of the numbers, in %; None: as the
+                           quantizer finds them
     """
 
     bits: int = 4
@@ -39,6 +41,7 @@ class QuantSpec:
     quantizer: str = "absmax"
     kind: str = "int"
     signed_scale: bool = False
+    percentile: float | None = None
 
     @property
     def grid(self) -> Grid:
@@ -87,6 +90,12 @@ class QuantSpec:
             found.append("zero_point='float' needs signed=false: w = code * scale + minimum counts up from the minimum")
         if self.scale == "e8m0" and (self.zero_point != "none" or self.signed_scale):
             found.append("scale='e8m0' stores powers of two for symmetric grids: no zero points, no signed scales")
+        if self.percentile is not None and not 50.0 < self.percentile <= 100.0:
+            found.append(f"percentile={self.percentile} is not in (50, 100]")
+        if self.percentile is not None and isinstance(SCALE_GRIDS.get(self.scale), TwoLevel):
+            found.append(f"percentile with scale={self.scale!r}: scales of two levels are searched together")
+        if self.percentile is not None and self.signed_scale:
+            found.append("percentile with signed_scale=true: a share of the numbers says nothing of the scale's sign")
         if self.scale not in SCALE_GRIDS:
             found.append(f"scale={self.scale!r} is unknown; use one of {', '.join(SCALE_GRIDS)}")
         elif isinstance(self.scale_grid, TwoLevel):
@@ -150,4 +159,5 @@ class QuantSpec:
         where = f"g{self.group_size}" if self.group_size else self.granularity
         zero = {"none": "", "int": " zp", "float": " min"}[self.zero_point]
         either = " +-" if self.signed_scale else " "
-        return f"{name} {where}{zero}{either}{self.scale} {self.quantizer}"
+        share = "" if self.percentile is None else f" p{self.percentile:g}"
+        return f"{name} {where}{zero}{either}{self.scale} {self.quantizer}{share}"

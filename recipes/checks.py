@@ -10,7 +10,7 @@ import re
 from importlib.metadata import entry_points
 from importlib.resources import files
 
-from qat.recipes import folding
+from qat.recipes import folding, starting
 from qat.recipes.schema import Distill, Phase, Recipe, Rule, Slot, Train
 from qat.recipes.shape import join, nearest, plain_errors, shape_errors, show
 
@@ -37,6 +37,8 @@ INPUT_QUANTIZERS = {
 # Recomputed in every forward, so they follow a change of bits by themselves; the others keep a scale per input tensor.
 DYNAMIC_QUANTIZERS = ("absmax", "minmax", "quest", "absmean")
 STATIC_INPUT_QUANTIZERS = ("lsq", "lsq_plus", "pact", "ema")
+# Ranges that can be a share of the numbers.
+PERCENTILE_QUANTIZERS = ("lsq", "ewgs", "ema")
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 INPUT_GRANULARITIES = ("tensor", "token", "group")
 ZERO_POINTS = ("none", "int", "float")
@@ -46,7 +48,6 @@ SCALES = ("portable", "fp32", "fp16", "bf16", "e8m0", *TWO_LEVELS)
 GRID_BITS = {"ternary": 2, "seq": 2, "binary": 1, "nf4": 4, "iq4_nl": 4, "fp4": 4, "e4m3": 8, "e5m2": 8}
 GRIDS = ("int", *GRID_BITS)
 BACKWARDS = ("float", "int8", "int8_dgrad")
-INITS = ("none", "gptq", "gptq_latent")
 LOSSES = ("kl", "kl_topk", "cakld", "mse", "cosine")
 TASKS = ("causal_lm", "image_classification", "sentence_embedding")
 SCHEDULERS = ("cosine", "constant")
@@ -93,7 +94,7 @@ def check(recipe: Recipe) -> list[str]:
         found.append("rules: no rule has a weight or an input, so nothing would be quantized; add one to a rule")
     found += _phases(recipe)
     found += folding.reasons(recipe)
-    found += _init(recipe)
+    found += starting.reasons(recipe, DYNAMIC_QUANTIZERS)
     found += _at_least("batch_norm.reestimate", recipe.batch_norm.reestimate, 0)
     found += _distill(recipe.distill)
     if recipe.distill.hidden > 0 and not recipe.distill.enabled:
@@ -244,6 +245,14 @@ def _grid(slot: Slot, path: str) -> list[str]:
             found.append(f"{path}.signed: false {said}; allowed: null, true")
         if slot.narrow and slot.grid != "ternary":
             found.append(f"{path}.narrow: true {said}; allowed: false")
+    if slot.percentile is not None:
+        said = f"{path}.percentile: {show(slot.percentile)} is not allowed"
+        if not 50.0 < slot.percentile <= 100.0:
+            found.append(f"{said}; allowed: (50, 100], e.g. 99.9")
+        if slot.quantizer in {*WEIGHT_QUANTIZERS, *INPUT_QUANTIZERS} - {*PERCENTILE_QUANTIZERS}:
+            found.append(f"{said} with quantizer={slot.quantizer}; allowed: null, or quantizer=lsq (ema for inputs)")
+        if slot.signed_scale:
+            found.append(f"{said} with signed_scale=true, of which it says no sign; allowed: null")
     if slot.signed_scale:
         said = f"{path}.signed_scale: true is not allowed with"
         if bits is not None or slot.zero_point != "none" or not slot.is_signed or slot.narrow:
@@ -324,31 +333,6 @@ def _phase_bits(phase: Phase, path: str, rules: dict[str, Rule]) -> list[str]:
                 f"quantizer={rule.weight.quantizer}, whose zero point is kept; allowed: zero_point=none, or "
                 f"quantizer={' or '.join(DYNAMIC_QUANTIZERS[:2])}"
             )
-    return found
-
-
-def _init(recipe: Recipe) -> list[str]:
-    init = recipe.init
-    found = _one_of("init.method", init.method, INITS)
-    found += _at_least("init.batches", init.batches, 1)
-    if init.damp < 0:
-        found.append(f"init.damp: {show(init.damp)} is not allowed; allowed: 0 or more")
-    if init.method == "none":
-        return found
-    for name, rule in recipe.rules.items():
-        # embeddings have no inputs to make good for
-        left = bool(rule.types) and set(rule.types) <= {"Embedding"}
-        if rule.weight is not None and rule.weight.quantizer in DYNAMIC_QUANTIZERS and not left:
-            found.append(
-                f"init.method: {init.method} is not allowed with {join('rules', name)}.weight.quantizer="
-                f"{rule.weight.quantizer}, whose scales follow the weights; allowed: none, or quantizer=mse or lsq"
-            )
-    first = next(((name, phase) for name, phase in recipe.phases.items() if phase.steps), None)
-    if first is not None and not (first[1].quantize and not first[1].bits):
-        found.append(
-            f"init.method: {init.method} is not allowed with a first phase ({first[0]}) in float or in other bits, "
-            "after which the weights are others; allowed: none, or quantize=true and no bits there"
-        )
     return found
 
 

@@ -114,6 +114,10 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     if recipe.fold.method == "none":
         # records of versions that did not know the word stay the same
         del data["fold"]
+    if recipe.init.imatrix is None:
+        del data["init"]["imatrix"]
+    if not recipe.train.offload:
+        del data["train"]["offload"]
     for rule in data["rules"].values():
         # records of versions that did not know these words stay the same
         if rule["backward"] is None:
@@ -121,6 +125,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
         for slot in (rule["weight"], rule["input"]):
             if slot is not None and not slot["signed_scale"]:
                 del slot["signed_scale"]
+            if slot is not None and slot["percentile"] is None:
+                del slot["percentile"]
     return data
 
 

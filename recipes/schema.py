@@ -39,6 +39,10 @@ class Slot:
     # A scale may be negative, which gives the extra negative code of a signed grid to either side; for quantizer=mse
     # and lsq and formats that store the sign (GGUF Q4_0).
     signed_scale: bool = False
+    # Share of the numbers that a range holds, in %, above 50; of the magnitudes where there is no zero point. For
+    # quantizer=lsq it is the range at the start, for ema that of each step's inputs. null: the range of least squared
+    # error for lsq, all of the numbers for ema.
+    percentile: float | None = None
     # null: signed with zero_point=none, unsigned otherwise.
     signed: bool | None = None
 
@@ -60,6 +64,7 @@ class Slot:
             "quantizer": self.quantizer,
             "kind": self.grid,
             "signed_scale": self.signed_scale,
+            "percentile": self.percentile,
         }
 
 
@@ -119,8 +124,15 @@ class Init:
     damp: float = 0.01
     # Weights with the largest inputs are rounded first.
     act_order: bool = True
-    # Scales are searched for the error that the inputs see, not for that of the weights.
+    # Scales are searched for the error that the inputs see, not for that of the weights; with method=none, too.
     weighted: bool = False
+    # GGUF file with llama.cpp's importance matrix of this model, in place of batches; with method=none, weighted=true.
+    imatrix: str | None = None
+
+    @property
+    def looks(self) -> bool:
+        """Whether anything is done beyond the search of scales on the weights."""
+        return self.method != "none" or self.weighted
 
 
 @dataclass
@@ -201,6 +213,9 @@ class Train:
     task: str = "causal_lm"
     # Folder of a model; its own library loads it. null: has to be given on the command line.
     model: str | None = None
+    # The weights lie in files below `out` instead of memory, in fp32, for a model that memory does not hold: for
+    # task=causal_lm on a CPU, without training (steps of the last phase 0). No checkpoint is written.
+    offload: bool = False
     # Folder of the tokenizer; null: the model's folder.
     tokenizer: str | None = None
     # Files or folders to train on: text, jsonl or parquet, images in one folder per label.

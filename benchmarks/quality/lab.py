@@ -42,6 +42,9 @@ class Lab(ABC):
     network: dict[str, Any] | None = None
     # words of the rule that says which layers are quantized; empty: every linear but the head
     layers: Mapping[str, Any] = MappingProxyType({})
+    # whether the CPU seconds of a training are a score too; `spent` are those of the last one
+    timed = False
+    spent = 0.0
     # of the float model and of quantization-aware training; what a schedule does not say is `Train`'s default: AdamW
     # with betas .9/.95, warm-up over 5 % of the steps, cosine to zero, gradients clipped to norm 1
     float_schedule: Train
@@ -159,19 +162,22 @@ def exported(model: nn.Module, plain: nn.Module) -> nn.Module:
     Raises AssertionError where the integers are not the numbers that the last forward of a layer would use.
     """
     from qat.layers import weight_quantizers
+    from qat.plan import deployed
     from qat.steps import qat_layers
 
     bundle = qat.convert(model)
     assert len(bundle), "nothing is quantized"
     weights = {name: tensor.dequantize() for name, tensor in bundle.items()}
-    for name, layer in qat_layers(model).items():
+    for name, layer in qat_layers(bundle.module).items():
         for key, quantizer in weight_quantizers(layer).items():
             with torch.no_grad():
                 fake = quantizer(layer._parameters[key])
             assert torch.equal(weights[f"{name}.{key}"], fake), f"{name}.{key}: exported differs from trained"
-    plain.load_state_dict({**bundle.floats, **weights})
+    # names of a bundle are relative to the module that a deployment format knows
+    inner = deployed(plain)[1]
+    inner.load_state_dict({**bundle.floats, **weights})
     for name, (spec, fields) in bundle.inputs.items():
-        plain.get_submodule(name).register_forward_pre_hook(_rounded(spec, fields))
+        inner.get_submodule(name).register_forward_pre_hook(_rounded(spec, fields))
     return plain.eval()
 
 

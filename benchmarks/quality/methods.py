@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,7 +60,8 @@ class Method:
     peer       another library's builder for a width
     ptq        a format's own rounding of a network, in place; neither this nor peer: ours, from `slot`
     slot       words of the weight's slot at every width, `at` those that replace them at one width. The word `init` is
-               ours alone: how the weights start, "search" (as they are), "gptq" or "gptq latent"
+               ours alone: how the weights start, "search" (as they are), "gptq" or "gptq latent", both with scales that
+               are searched for the inputs' error if "weighted" follows
     input      words of the input's slot, where the width has one
     fold       words of the recipe's `fold`; where the network's parts are is the lab's to say
     recipe     more words of the recipe, like phases
@@ -112,14 +114,14 @@ class Case:
     lost: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
-def gptq(model: nn.Module, lab: Lab, latent: bool) -> None:
+def gptq(model: nn.Module, lab: Lab, latent: bool, weighted: bool) -> None:
     """GPTQ on a prepared model, on the case's calibration batches. `latent` keeps the compensated weights unrounded, so
     that training starts from GPTQ's own codes."""
     try:
         from qat.init.gptq import gptq as compensate
     except ImportError:
         raise Missing("qat.init has no GPTQ yet") from None
-    compensate(model, lab.calibration(), latent=latent)
+    compensate(model, lab.calibration(), latent=latent, weighted=weighted)
 
 
 def measured(name: str, method: Method, width: str, grid: Width, lab: Lab, rate: float | None) -> dict[str, Scores]:
@@ -141,7 +143,8 @@ def measured(name: str, method: Method, width: str, grid: Width, lab: Lab, rate:
     if name not in WIDTHLESS and lab.counts_levels:
         with levels(grid.levels, len(linears(lab.float_model))):
             model(lab.inputs(lab.batch(1, 0)))
-    return {split: lab.scores(model, split) for split in SPLITS}
+    spent = {"training CPU seconds": lab.spent} if lab.timed and rate is not None else {}
+    return {split: {**lab.scores(model, split), **spent} for split in SPLITS}
 
 
 def _train(lab: Lab, method: Method, model: nn.Module, rate: float | None, **more: Any) -> None:
@@ -153,7 +156,9 @@ def _train(lab: Lab, method: Method, model: nn.Module, rate: float | None, **mor
             found = lab.loss(model, loss, step, method.hidden, method.temperature)
             return found + qat.dampening(model) if qat.is_prepared(model) else found
 
+        began = time.process_time()
         train(model, schedule, of_step, **more)
+        lab.spent = time.process_time() - began
         distill.detach(model)
 
 
@@ -182,7 +187,7 @@ def _ours(lab: Lab, method: Method, width: str, grid: Width, rate: float | None)
     except QATError as problem:
         raise Missing(f"the recipe cannot be prepared: {problem}") from None
     if init != "search":
-        gptq(model, lab, latent=init == "gptq latent")
+        gptq(model, lab, latent="latent" in init, weighted="weighted" in init)
     if method.fold and method.hidden and method.loss:
         # hidden states are compared in one basis
         distill.attach(model, distill.freeze(folded), loss=method.loss, hidden=method.hidden)

@@ -41,7 +41,7 @@ from benchmarks.common import RESULTS, Missing, Row, environment, missing, revis
 from benchmarks.quality.bytes_lm import CORPORA
 from benchmarks.quality.cases import CASES
 from benchmarks.quality.lab import Lab, Scores
-from benchmarks.quality.methods import WIDTHLESS, Case, Method, measured
+from benchmarks.quality.methods import OURS, WIDTHLESS, Case, Method, measured
 from benchmarks.quality.summary import SUITE, rows_of
 from qat.errors import QATError
 
@@ -176,7 +176,8 @@ class Suite:
             found: Outcome = future.result()
             self.outcomes.append(found)
             job = found.job
-            shown = found.reason or f"KL {found.scores['tune']['kl']:.5f} on the tuning split"
+            judge = job.method.judge
+            shown = found.reason or f"{judge} {found.scores['tune'][judge]:.5f} on the tuning split"
             rate = f" at {job.rate:g}" if job.rate else ""
             print(f"{found.seconds:4.0f} s  seed {job.seed}  {job.width}  {job.tool}{rate}: {shown}", flush=True)
 
@@ -267,7 +268,11 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             began, rates = time.monotonic(), rates_of(CASES[name], quick, dry)
             suite = Suite(Place(name, options.corpus, dry, folder), widths, tools, seeds, rates, pool)
-            suite.run()
+            try:
+                suite.run()
+            except Missing as reason:
+                rows.append(missing(SUITE, name, OURS, str(reason)))
+                continue
             rows += suite.rows() if options.trial is None else suite.trial_rows()
             facts |= {f"{name} {key}": value for key, value in suite.facts.items()}
             facts[f"{name} revision"] = revision()

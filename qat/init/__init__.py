@@ -1,1 +1,2 @@
-"""Where training starts from, beyond the scales that every quantizer finds for itself: `qat.init.gptq`."""
+"""Where training starts from, beyond the scales that every quantizer finds for itself: `gptq` (weights) and `imatrix`
+(scales)."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qat.codes import stays
 from qat.errors import QATError
 from qat.grids import ScaledGrid
+from qat.init.inputs import importance
 from qat.init.obs import errors_of, hat, solve
 from qat.init.walk import Forward, Shared, call_model, walk
 from qat.layers import QATLayer, weight_quantizers
@@ -93,7 +94,7 @@ def gptq(
     search_scales({name: layers[name] for name in notes}, force=False)
     search_scales({shared.name: shared.layers[0] for shared in weights}, force=True)
     rows: dict[QATLayer, LayerError] = {}
-    with _calibrating(model, state, layers, weights):
+    with calibrating(model, state, layers, weights):
         for group in walk(model, given, forward or call_model, weights):
             for shared in group:
                 row = _round(shared, latent, damp, act_order, weighted)
@@ -104,14 +105,14 @@ def gptq(
     state.record.initialized = True
     weights_changed(model)
     return [
-        _renamed(rows[layer], name)
+        renamed(rows[layer], name)
         if layer in rows
         else LayerError(name, note=notes.get(name, "it did not run on these batches"))
         for name, layer in layers.items()
     ]
 
 
-def _renamed(row: LayerError, name: str) -> LayerError:
+def renamed(row: LayerError, name: str) -> LayerError:
     """The row of a weight for one of its layers."""
     if row.name == name:
         return row
@@ -148,7 +149,7 @@ def _sorted_out(layers: dict[str, QATLayer]) -> tuple[list[Shared], dict[str, st
 
 
 @contextlib.contextmanager
-def _calibrating(
+def calibrating(
     model: nn.Module, state: QATState, layers: dict[str, QATLayer], weights: list[Shared]
 ) -> Iterator[None]:
     """Inside: eval mode, nothing compiled, no caches of keys; layers of `weights` in float, all others quantized on the
@@ -187,9 +188,7 @@ def _round(shared: Shared, latent: bool, damp: float, act_order: bool, weighted:
     hessians = shared.moments.mean(layer).to(w_RK.device)
     run = w_RK.shape[0] // hessians.shape[0]
     if weighted:
-        importance = hessians.diagonal(dim1=1, dim2=2)
-        importance = (importance / importance.mean().clamp_min(1e-30)).float().repeat_interleave(run, 0)
-        quantizer.init_from(weight.detach(), importance)
+        quantizer.init_from(weight.detach(), importance(hessians.diagonal(dim1=1, dim2=2), w_RK.shape[0]))
     fields = quantizer.fields(w_RK)
     nearest = hat(w_RK, fields, spec)
     latents, rounded = torch.empty_like(w_RK), torch.empty_like(w_RK)

@@ -1,4 +1,4 @@
-"""What a layer's rows are multiplied with, and its second moments.
+"""What a layer's rows are multiplied with, its second moments, and the diagonal of these.
 
 Every listed op is linear in its weight, so the columns that a row [K] meets are what the op gives for K output channels
 whose weights are the rows of the identity: no second description of strides, paddings and dilations.
@@ -70,6 +70,27 @@ class Moments:
             blocks: Tensor = torch.block_diag(*found)  # type: ignore[no-untyped-call]
             return blocks.unsqueeze(0)
         return found
+
+
+class Squares(Moments):
+    """Mean of x^2 alone, the diagonal of the moments: fp64 [C, K]."""
+
+    def _count(self, x_CNK: Tensor) -> None:
+        found = x_CNK.float().square().sum(1).to(wide(x_CNK.device))
+        self.total = found if self.total is None else self.total.add_(found)
+        self.count += x_CNK.shape[1]
+
+    def mean(self, layer: QATLayer) -> Tensor:
+        assert self.total is not None
+        found = self.total / max(1, self.count)
+        op = layer._qat.op
+        return found.reshape(1, -1) if isinstance(op, ConvOp) and op.transposed else found
+
+
+def importance(squares_CK: Tensor, rows: int) -> Tensor:
+    """Mean squares of inputs -> fp32 [rows, K], 1 in the mean, by which the squared error of each weight counts."""
+    squares = squares_CK / squares_CK.mean().clamp_min(1e-30)
+    return squares.float().repeat_interleave(rows // squares.shape[0], 0)
 
 
 def _conv_columns(op: ConvOp, layer: Any, x: Tensor, rest: list[Tensor | None]) -> Tensor:

@@ -36,6 +36,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 # (its place in a tuple, -1: the output itself)
 Source = tuple[bool, int | str]
 Link = tuple[list[Source], dict[str, Source]]
+# autocast on each of these devices: whether it is on, its dtype
+Context = tuple[tuple[bool, torch.dtype], ...]
+_DEVICES = ("cpu", "cuda")
 
 
 class _EnoughError(BaseException):
@@ -73,12 +76,12 @@ def walk(model: nn.Module, batches: Sequence[Any], forward: Forward, weights: li
                 calls += _caught(block, partial(forward, model, batch))
         elif link is not None and known is not None:
             for i, call in enumerate(calls):
-                calls[i] = _follow(link[1], call, _alone(known, call)())
+                calls[i] = _follow(link[1], call, _alone(known, survey.contexts[known], call)())
         for group in groups:
             if block is None:
                 _collect(group, (partial(forward, model, batch) for batch in batches), survey.times)
             else:
-                _collect(group, map(partial(_alone, block), calls), survey.times)
+                _collect(group, map(partial(_alone, block, survey.contexts[block]), calls), survey.times)
             yield group
             for shared in group:
                 shared.moments = Moments()
@@ -116,13 +119,25 @@ def _caught(block: nn.Module, run: Callable[[], Any]) -> list[Call]:
     return found
 
 
-def _alone(block: nn.Module, call: Call) -> Callable[[], Any]:
-    """The call of the block, with tensors of its own that it may change in place."""
+def _alone(block: nn.Module, context: Context, call: Call) -> Callable[[], Any]:
+    """The call of the block under the autocast in which it ran, with tensors of its own that it may change in place."""
 
     def own(value: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) else value
 
-    return partial(block, *map(own, call[0]), **{key: own(value) for key, value in call[1].items()})
+    def run() -> Any:
+        with contextlib.ExitStack() as stack:
+            for device, now, wanted in zip(_DEVICES, _context(), context, strict=True):
+                if now != wanted:
+                    stack.enter_context(torch.autocast(device, enabled=wanted[0], dtype=wanted[1]))
+            return block(*map(own, call[0]), **{key: own(value) for key, value in call[1].items()})
+
+    return run
+
+
+def _context() -> Context:
+    """Whether autocast is on, and its dtype, on each kind of device."""
+    return tuple((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES)
 
 
 def _follow(link: Link, call: Call, output: Any) -> Call:
@@ -146,6 +161,7 @@ def _hooked(handles: list[Any]) -> Iterator[None]:
 
 class _Survey:
     """times      how often a layer or a block runs in one forward, at most
+    contexts   block -> the autocast in which it runs
     links      block -> (the block before it, where its arguments come from), if that held in all forwards
     """
 
@@ -155,6 +171,7 @@ class _Survey:
         self.block_of = dict(_blocks(model))
         self.blocks = {block for layer, block in self.block_of.items() if layer in self.owner}
         self.times: Counter[nn.Module] = Counter()
+        self.contexts: dict[nn.Module, Context] = {}
         self.links: dict[nn.Module, tuple[nn.Module, Link]] = {}
         # each weight when it first runs, and whether it reads what the one before it read
         self.order: dict[Shared, bool] = {}
@@ -175,7 +192,6 @@ class _Survey:
                 self._reader: Shared | None = None
                 self._before: tuple[nn.Module, Call, Any] | None = None
                 self._versions: dict[int, int | None] = {}
-                self._autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
                 forward()
                 # what a forward made may go
                 self._read = self._before = None
@@ -212,9 +228,9 @@ class _Survey:
 
     def _block_runs(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls[block] += 1
-        now = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-        # a block is not run alone where it could change something (a cache of keys) or where it would miss a context
-        if now != self._autocast or not all(map(_is_plain, (*args, *kwargs.values()))):
+        # a block is not run alone where it could change something (a cache of keys) or where its autocast varies
+        same = self.contexts.setdefault(block, _context()) == _context()
+        if not same or not all(map(_is_plain, (*args, *kwargs.values()))):
             self.whole.add(block)
         found = None if self._before is None else _link(*self._before[1:], (args, kwargs), self._versions)
         link = None if found is None or self._before is None else (self._before[0], found)

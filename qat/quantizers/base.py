@@ -67,6 +67,8 @@ class Quantizer(nn.Module):
     static_activations: bool = False
     # fields of a weight are kept: `qparams` does not look at it
     keeps_fields: bool = False
+    # its ranges can hold a share of the numbers (`QuantSpec.percentile`)
+    percentiles: bool = False
     # zero point kinds it can produce
     zero_points: tuple[str, ...] = ("none",)
 
@@ -160,6 +162,8 @@ class Quantizer(nn.Module):
             found.append("an input has no output channels; use granularity=token or tensor")
         if not activation and spec.granularity == "token":
             found.append("a weight has no tokens; use granularity=channel")
+        if spec.percentile is not None and not cls.percentiles:
+            found.append(f"quantizer={cls.name!r} has no percentile; use lsq, or ema for inputs")
         if spec.zero_point not in cls.zero_points:
             allowed = ", ".join(cls.zero_points)
             found.append(f"quantizer={cls.name!r} has zero_point {allowed}, not {spec.zero_point!r}")
@@ -338,6 +342,13 @@ def scales_of_amax(amax: Tensor, spec: QuantSpec) -> Fields:
 def minmax_fields(w_RK: Tensor, spec: QuantSpec) -> Fields:
     """Fields that spread the grid over [min, max]; with an integer zero point the range includes 0."""
     return fields_of_range(*ranges.range_of(*_grouping(w_RK, spec)), spec)
+
+
+def percentile_range(w_RK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Ranges low, high [R, G] (per tensor [1, 1]) that hold `spec.percentile` % of the numbers of each group: of their
+    magnitudes without a zero point, of the numbers on either side with one."""
+    assert spec.percentile is not None
+    return ranges.percentiles_of(*_grouping(w_RK, spec), spec.percentile / 100.0, spec.zero_point == "none")
 
 
 def fields_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> Fields:

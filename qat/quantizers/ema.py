@@ -1,4 +1,5 @@
-"""Static activation range: an exponential moving average of each optimizer step's minimum and maximum.
+"""Static activation range: an exponential moving average of each optimizer step's minimum and maximum, or of the range
+that holds `spec.percentile` % of the numbers.
 
 Forward only raises a scratch range (idempotent, so a recomputed forward changes nothing); `commit`, once per optimizer
 step and after the ranks have agreed on the scratch, moves the average by MOMENTUM. Until something was seen, a forward
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qat.qtensor import Fields
-from qat.quantizers.base import Quantizer, fields_of_range, joined, split
+from qat.quantizers.base import Quantizer, fields_of_range, joined, percentile_range, split
 
 # Jacob et al. 2018 smooth over thousands of steps; 0.1 follows fine-tuning runs of hundreds of steps.
 MOMENTUM = 0.1
@@ -23,6 +24,7 @@ class Ema(Quantizer):
     for_weights = False
     for_activations = True
     static_activations = True
+    percentiles = True
     zero_points = ("none", "int", "float")
 
     def build(self) -> None:
@@ -46,13 +48,15 @@ class Ema(Quantizer):
         low, high = torch.where(self.seen.float() > 0, joined(self.range), now).unbind(0)
         return fields_of_range(-low.reshape(1, 1), high.reshape(1, 1), self.live_spec)
 
-    @staticmethod
     @torch.no_grad()
-    def _range_of(x_TI: Tensor) -> Tensor:
+    def _range_of(self, x_TI: Tensor) -> Tensor:
         if not x_TI.numel():
             return x_TI.new_zeros(2, dtype=torch.float32)
-        low, high = x_TI.float().aminmax()
-        return torch.stack([-low, high])
+        if self.spec.percentile is None:
+            low, high = x_TI.float().aminmax()
+        else:
+            low, high = percentile_range(x_TI, self.spec)
+        return torch.stack([-low, high]).reshape(2)
 
     @torch.no_grad()
     def observe(self, x_TI: Tensor) -> None:

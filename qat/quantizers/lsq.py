@@ -66,6 +66,7 @@ class Lsq(Stored):
     """
 
     name = "lsq"
+    percentiles = True
     for_activations = True
     static_activations = True
 

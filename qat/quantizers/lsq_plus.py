@@ -18,6 +18,7 @@ from qat.quantizers.lsq import RATE, Lsq
 
 class LsqPlus(Lsq):
     name = "lsq_plus"
+    percentiles = False
     zero_points = ("int", "float")
 
     def build(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from qat.fake_quant_kernels import mse_search
 from qat.fake_quant_kernels.fields import amax_of, range_of
 from qat.qtensor import Fields
-from qat.quantizers.base import Quantizer, joined, scales_of_amax, split
+from qat.quantizers.base import Quantizer, fields_of_range, joined, percentile_range, scales_of_amax, split
 from qat.scales import TwoLevel
 from qat.specs import QuantSpec
 
@@ -24,10 +24,13 @@ SMALLEST_FACTOR = 0.2
 
 @torch.no_grad()
 def search(w_RK: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> Fields:
-    """Fields [R, G] of least squared error for fp32 rows [R, K]; ties go to the widest range.
+    """Fields [R, G] of least squared error for fp32 rows [R, K]; ties go to the widest range. With `spec.percentile`
+    those of that range: nothing is searched, and the importance counts for nothing.
 
     importance: fp32 [K] or [R, K], never negative, by which the squared error of each number counts (1 if None).
     """
+    if spec.percentile is not None:
+        return fields_of_range(*percentile_range(w_RK, spec), spec)
     if importance is not None:
         importance = importance.expand(w_RK.shape)
     if not spec.is_int or spec.scale == "e8m0":

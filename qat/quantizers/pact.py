@@ -19,6 +19,7 @@ from qat.specs import QuantSpec
 
 class Pact(Lsq):
     name = "pact"
+    percentiles = False
     for_weights = False
     zero_points = ("none",)
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qat.errors import QATError
-from qat.hf import load_model, load_tokenizer, read_config
+from qat.hf import load_model, load_on_disk, load_tokenizer, read_config
 from qat.recipes.schema import Train
 from qat.tasks.base import Batches, Task, need_model, read_records, split, value_of
 
@@ -40,7 +41,12 @@ def build(train: Train) -> tuple[CausalLM, Batches, Any]:
     read_config(folder)
     tokenizer = load_tokenizer(train.tokenizer or folder)
     data = make_data(train, tokenizer)
-    model = load_model(folder, auto="AutoModelForCausalLM", dtype=torch.float32)
+    if train.offload:
+        scratch = Path(train.out or ".")
+        scratch.mkdir(parents=True, exist_ok=True)
+        model = load_on_disk(folder, scratch, auto="AutoModelForCausalLM")
+    else:
+        model = load_model(folder, auto="AutoModelForCausalLM", dtype=torch.float32)
     if getattr(model, "loss_type", None) is None:
         # what transformers takes for a class whose name says nothing of its loss (GPT2LMHeadModel), with a notice
         model.loss_type = "ForCausalLM"  # type: ignore[assignment]

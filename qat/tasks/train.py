@@ -70,7 +70,8 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> dict[str, Any]:
         check_resume(recipe)
     lightning().seed_everything(recipe.train.seed, workers=True, verbose=False)
     curve = Curve()
-    watch = QATCallback(recipe)
+    # kept codes would fill the memory that the weights were to leave free
+    watch = QATCallback(recipe, code_cache=False if recipe.train.offload else None)
     callbacks: list[Any] = [watch]
     if recipe.distill.enabled and recipe.train.task != "sentence_embedding":
         wanted = recipe.distill
@@ -88,8 +89,9 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> dict[str, Any]:
     if recipe.trains_nothing:
         # nothing was trained, so nothing was validated either
         trainer.validate(module, datamodule=data, verbose=False)
-    # validation need not fall on the last step: what is exported is what last.ckpt holds
-    trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
+    if not recipe.train.offload:
+        # validation need not fall on the last step: what is exported is what last.ckpt holds
+        trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     results: dict[str, Any] = {
         "plan": watch.plan.render() if watch.plan is not None else "",
@@ -176,7 +178,9 @@ def make_trainer(train: Train, out: Path, callbacks: list[Any]) -> Any:
             val_check_interval=train.val_every * train.accumulate,
             check_val_every_n_epoch=None,
             logger=make_logger(train, out),
-            callbacks=[*callbacks, checkpoint, steps_bar()],
+            # a checkpoint is put together in memory
+            enable_checkpointing=not train.offload,
+            callbacks=[*callbacks, *([] if train.offload else [checkpoint]), steps_bar()],
             default_root_dir=out,
             log_every_n_steps=min(10, train.max_steps),
             enable_model_summary=False,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import qat
 from qat.callbacks import DistillationCallback, ExportCallback, QATCallback
 from qat.init.gptq import gptq
+from qat.init.imatrix import search_weighted
 
 INIT = {"method": "gptq_latent", "batches": 3}
 
@@ -39,6 +40,49 @@ def test_a_run_starts_where_gptq_ends(tmp_path: Path, method: str) -> None:
     for key, value in other.state_dict().items():
         assert "_extra_state" in key or torch.equal(value, seen[key]), key
     assert not torch.equal(seen["net.a.weight"], Lit().net.a.weight)
+
+
+def test_a_run_starts_from_weighted_scales(tmp_path: Path) -> None:
+    """Without a method the weights stay. Mutations: `looks` without `weighted`, the method asked alone: red."""
+    seen: dict[str, Tensor] = {}
+    fit(tmp_path, Lit(), recipe(init={"weighted": True, "batches": 3}), started(seen), steps=1)
+    other = Lit()
+    qat.prepare(other, recipe())
+    batches = [batch[0] for batch in islice(data(), 3)]
+    search_weighted(other, batches, forward=lambda model, x: model.net(x))
+    for key, value in other.state_dict().items():
+        assert "_extra_state" in key or torch.equal(value, seen[key]), key
+    assert torch.equal(seen["net.a.weight"], Lit().net.a.weight)
+    plain = Lit()
+    qat.prepare(plain, recipe())
+    assert any(not torch.equal(value, seen[key]) for key, value in plain.state_dict().items() if "start_scale" in key)
+
+
+def test_a_run_starts_from_an_importance_matrix(tmp_path: Path) -> None:
+    """No batch is looked at. Mutation: `init.imatrix` not read -> red."""
+    import gguf
+
+    squares = torch.linspace(0, 1, 64) ** 4
+    writer = gguf.GGUFWriter(tmp_path / "i.gguf", "")
+    writer.add_type("imatrix")
+    writer.add_tensor("blk.0.ffn_down.weight.in_sum2", 5 * squares.reshape(1, -1).numpy())
+    writer.add_tensor("blk.0.ffn_down.weight.counts", torch.full((1, 1), 5.0).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    words = {"init": {"weighted": True, "imatrix": str(tmp_path / "i.gguf")}, "phases": {"qat": {"steps": 0}}}
+    module, other = Language(), Language()
+    trainer(tmp_path, QATCallback(recipe({"quantizer": "mse", "group_size": 32}, **words)), max_steps=1).fit(
+        module, tokens()
+    )
+    qat.prepare(other, recipe({"quantizer": "mse", "group_size": 32}))
+    before = {key: value.clone() for key, value in other.state_dict().items() if "start_scale" in key}
+    changed = [key for key, value in before.items() if not torch.equal(value, module.state_dict()[key])]
+    assert changed == ["model.model.layers.0.mlp.down_proj.weight_quantizer.start_scale"]
+    (key,) = (key.removesuffix(".weight_quantizer.start_scale") for key in changed)
+    search_weighted(other, squares={f"{key}.weight": squares})
+    assert torch.equal(other.state_dict()[changed[0]], module.state_dict()[changed[0]])
 
 
 def test_random_numbers_and_figures_go_on_as_without(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Mutations that were tried one at a time, and the test that turned red for each:
     weights tied to an embedding rounded                  test_what_is_left_and_why
     a phase's bits, flags, schedule, use_cache kept       test_everything_is_as_before
     use_cache left on / outputs of a block not followed   test_blocks_run_alone
+    a block run without the autocast in which it ran      test_every_layer_sees_the_quantized_layers_before_it
     moments of the input before it is quantized           test_the_quantized_input_counts
     walk: stop after the first call of a group, all of a block in one group, a version not looked at, a block that
     works on what is kept, a link from another block      test_every_layer_sees_the_quantized_layers_before_it
@@ -30,6 +31,7 @@ from qat.errors import QATError
 from qat.init.gptq import gptq
 from qat.init.inputs import Moments
 from qat.init.obs import errors_of, hat, solve
+from qat.init.walk import Forward, call_model
 from qat.layers import QATLayer, input_quantizer, weight_quantizers
 from qat.qtensor import Fields
 from qat.quantizers.mse import search
@@ -115,7 +117,13 @@ def best(w: Tensor, hessian: Tensor, fields: Fields, spec: QuantSpec) -> Tensor:
     return torch.where(better.unsqueeze(1), found, nearest)
 
 
-def plainly(model: nn.Module, batches: list[Any]) -> None:
+def in_bf16(model: nn.Module, batch: Any) -> Any:
+    """A forward under autocast, as a trainer's bf16-mixed runs it."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(**batch)
+
+
+def plainly(model: nn.Module, batches: list[Any], forward: Forward = call_model) -> None:
     """One layer at a time, the whole model for each, everything that came before quantized."""
     order: dict[str, None] = {}
     layers = qat_layers(model)
@@ -124,7 +132,7 @@ def plainly(model: nn.Module, batches: list[Any]) -> None:
     def run(seen: Callable[..., None], *watched: QATLayer) -> None:
         handles = [w.register_forward_pre_hook(seen, with_kwargs=True) for w in watched]
         for batch in batches:
-            model(**batch) if isinstance(batch, dict) else model(batch)
+            forward(model, batch)
         for handle in handles:
             handle.remove()
 
@@ -148,13 +156,14 @@ def plainly(model: nn.Module, batches: list[Any]) -> None:
         layer._qat.active = True
 
 
-@pytest.mark.parametrize("kind", ["llama", "net", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "autocast", "net", "gpt2"])
 @torch.no_grad()
 def test_every_layer_sees_the_quantized_layers_before_it(kind: str, recipe: Build) -> None:
     model: nn.Module
     batches: list[Any] = tokens()
     types = ["Linear"]
-    if kind == "llama":
+    forward = in_bf16 if kind == "autocast" else call_model
+    if kind in ("llama", "autocast"):
         model = llama()
     elif kind == "net":
         model, batches, types = Net(), pictures(), CONVS
@@ -165,8 +174,8 @@ def test_every_layer_sees_the_quantized_layers_before_it(kind: str, recipe: Buil
     model.eval()
     qat.prepare(model, recipe(types=types, bits=3, quantizer="mse"))
     expected = copy.deepcopy(model)
-    plainly(expected, batches)
-    rows = gptq(model, batches, latent=False)
+    plainly(expected, batches, forward)
+    rows = gptq(model, batches, latent=False, forward=forward)
     assert all(row.note == "" for row in rows) and len(rows) == len(qat_layers(model))
     assert all(row.error <= row.rtn for row in rows)  # type: ignore[operator]
     assert sum(row.error for row in rows) < 0.9 * sum(row.rtn for row in rows)  # type: ignore[misc]
@@ -174,14 +183,15 @@ def test_every_layer_sees_the_quantized_layers_before_it(kind: str, recipe: Buil
         assert torch.equal(layer.weight, expected.get_submodule(name).weight), name  # type: ignore[arg-type]
 
 
-def test_blocks_run_alone(recipe: Build) -> None:
+@pytest.mark.parametrize("forward", [None, in_bf16])
+def test_blocks_run_alone(forward: Any, recipe: Build) -> None:
     model, batches = llama(), tokens()
     qat.prepare(model, recipe(types=["Linear"], bits=3))
     runs: Counter[str] = Counter()
     counted = {"embed": model.model.embed_tokens} | {f"block {i}": b for i, b in enumerate(model.model.layers)}
     for name, module in counted.items():
         module.register_forward_pre_hook(lambda *_, name=name: runs.update([name]))
-    gptq(model, batches)
+    gptq(model, batches, forward=forward)
     # survey (one batch); for both batches the first block's inputs and lm_head's
     assert runs["embed"] == 1 + 2 * 2
     # survey; per batch: to catch the first block's inputs, four groups, the output for the next block, lm_head

@@ -317,6 +317,33 @@ def test_a_moving_range(recipe: Any) -> None:
     assert torch.equal(joined(quantizer.range), before)
 
 
+@pytest.mark.parametrize("zero", ["none", "int", "float"])
+def test_ranges_that_hold_a_share_of_the_numbers(zero: str) -> None:
+    """Of each group of a weight at the start, of each step's inputs; the numbers beyond clip. Mutations: the share of
+    signed numbers without a zero point; `rank` one more; the low end not mirrored; ema with all numbers: red."""
+    spec = QuantSpec(8, zero == "none", False, "group", 100, zero, "fp32", "lsq", percentile=90.0)
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(3, 200, generator=g)
+    quantizer: Any = make_quantizer(spec, Layout(tuple(w.shape)))
+    quantizer.init_from(w)
+    kept = torch.sort(w.view(3, 2, 100)).values
+    magnitude = torch.sort(w.view(3, 2, 100).abs()).values[..., 89]
+    low, high = (-magnitude, magnitude) if zero == "none" else (kept[..., 10], kept[..., 89])
+    assert torch.equal(quantizer.start().scale, fields_of_range(low, high, spec).scale)
+    clipped = (quantizer(w).abs() < w.abs() - 0.05).view(3, 2, 100).sum(-1)
+    assert int(clipped.max()) <= (10 if zero == "none" else 20) and int(clipped.min()) > 0
+
+    spec = QuantSpec(8, zero == "none", False, "tensor", None, zero, "fp32", "ema", percentile=90.0)
+    moving: Any = make_quantizer(spec, Layout((1, 1), "tokens"))
+    moving.observe(w[:1, :100])
+    moving.commit()
+    torch.testing.assert_close(joined(moving.range), torch.stack([-low[0, 0], high[0, 0]]))
+    learned: Any = make_quantizer(replace(spec, quantizer="lsq"), Layout((1, 1), "tokens"))
+    learned.observe(w[:1, :100])
+    learned.commit()
+    torch.testing.assert_close(learned.start().scale, moving.qparams(w).scale)
+
+
 def test_quantizers_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two classes of one name are an error that names both."""
     from qat.quantizers import base

@@ -83,6 +83,15 @@ def test_spec_fields_are_those_of_the_spec() -> None:
     assert set(Slot().spec_fields()) == set(QuantSpec().to_dict())
 
 
+def test_records_without_newer_words_stay_the_same() -> None:
+    """What a checkpoint says of its recipe. Mutation: a word kept that was not set -> red."""
+    data = to_dict(from_dict({"rules": {"a": {"weight": {"quantizer": "lsq"}}}}))
+    assert not {"percentile", "signed_scale"} & data["rules"]["a"]["weight"].keys()
+    assert "imatrix" not in data["init"] and "offload" not in data["train"]
+    data = to_dict(from_dict({"rules": {"a": {"weight": {"quantizer": "lsq", "percentile": 99.9}}}}))
+    assert data["rules"]["a"]["weight"]["percentile"] == 99.9
+
+
 def test_as_recipe_takes_all_that_a_user_may_hold(tmp_path: Path) -> None:
     preset = load_recipe("w2_g64")
     path = tmp_path / "w2.yaml"
