@@ -60,15 +60,13 @@ class Quantizer(nn.Module):
     name: str = ""
     # gradient of the weight where the grid clips: everywhere (dynamic scales) or only inside
     identity_gradient: bool = False
-    # which tensors it serves
-    for_weights: bool = True
+    for_weights: bool = True  # which tensors it serves
     for_activations: bool = False
     # the scale of an activation is kept, not computed from each input: per tensor only
     static_activations: bool = False
     # fields of a weight are kept: `qparams` does not look at it
     keeps_fields: bool = False
-    # its ranges can hold a share of the numbers (`QuantSpec.percentile`)
-    percentiles: bool = False
+    percentiles: bool = False  # its ranges can hold a share of the numbers (`QuantSpec.percentile`)
     # zero point kinds it can produce
     zero_points: tuple[str, ...] = ("none",)
 
@@ -345,10 +343,8 @@ def minmax_fields(w_RK: Tensor, spec: QuantSpec) -> Fields:
 
 
 def percentile_range(w_RK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Ranges low, high [R, G] (per tensor [1, 1]) that hold `spec.percentile` % of the numbers of each group: of their
-    magnitudes without a zero point, of the numbers on either side with one."""
-    assert spec.percentile is not None
-    return ranges.percentiles_of(*_grouping(w_RK, spec), spec.percentile / 100.0, spec.zero_point == "none")
+    """Ranges low, high [R, G] that hold `spec.percentile` % of each group: of magnitudes without a zero point."""
+    return ranges.percentiles_of(*_grouping(w_RK, spec), (spec.percentile or 100.0) / 100.0, spec.zero_point == "none")
 
 
 def fields_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> Fields:
