@@ -97,5 +97,5 @@ def rows_of(
                 rows += over_seeds(where, OURS, metric, ratio, grid.goals.get(metric), bounded=True)
         for metric, (of, tool) in case.lost.items():
             if less := lost(found, width, of, tool):
-                rows += over_seeds(where, OURS, metric, less, grid.goals.get(metric), bounded=True)
+                rows += over_seeds(where, OURS, metric, less, grid.goals.get(metric))
     return rows

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import qat
+from benchmarks.common import FLOAT
 from benchmarks.quality import run
 from benchmarks.quality.digits import B2, METHODS, QAT, WIDTHS, Digits, images
 from benchmarks.quality.lab import exported, train
@@ -89,7 +90,8 @@ def test_rows(tmp_path: Path) -> None:
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert {row["tool"] for row in rows} == set(METHODS) and not any(row["metric"] == "missing" for row in rows)
     mean = {(row["tool"], row["metric"]): row for row in rows if "seed" not in row}
-    (metric,) = B2.lost
-    lost = mean[OURS, metric]
-    assert lost["value"] == pytest.approx(mean[CONTROL, "accuracy"]["value"] - mean[OURS, "accuracy"]["value"])
+    for metric, tool in zip(B2.lost, (FLOAT, CONTROL), strict=True):
+        expected = mean[tool, "accuracy"]["value"] - mean[OURS, "accuracy"]["value"]
+        assert mean[OURS, metric]["value"] == pytest.approx(expected)
+    lost = mean[OURS, "accuracy lost to float"]
     assert lost["goal"] == 0.5 and lost["better"] == "lower" and mean[OURS, "accuracy"]["better"] == "higher"
