@@ -23,6 +23,7 @@ def test_overrides_reach_every_kind_of_value() -> None:
             "rules.linears.input={bits: 8, granularity: token}",
             "rules.head=null",
             "rules.new={types: [Conv1d], weight: {bits: 8}}",
+            "init.method=none",
             "phases.qat.ramp=50",
             "distill.weight=0.5",
             "train.lr=3e-4",
