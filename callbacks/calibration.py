@@ -1,5 +1,5 @@
 """`fold`, `init` and `batch_norm` of a recipe in a Lightning run: training batches go through `training_step`, and
-SmoothQuant, AWQ, GPTQ or a weighted search through the layers."""
+SmoothQuant, AWQ, GPTQ, a weighted search or block-wise training through the layers."""
 
 from __future__ import annotations
 
@@ -28,57 +28,62 @@ if TYPE_CHECKING:
     from qat.init.gptq import LayerError
 
 log = logging.getLogger(__name__)
-_BY_HAND = {"fold": "qat.fold.apply(model, recipe, batches)", "init": "qat.init.gptq(model, batches)"}
+_BY_HAND = {"fold": "qat.fold.apply(model, recipe, batches)", "init": "qat.init.gptq or blockwise"}
 
 
 def start_folded(trainer: Trainer, pl_module: LightningModule, recipe: Recipe) -> None:
-    """`qat.fold.apply` with the first `fold.batches` batches, as `start_from_gptq`."""
+    """`qat.fold.apply` with the first `fold.batches` batches, as `start_from_init`."""
     with _calibration(trainer, pl_module, f"fold.method={recipe.fold.method}", recipe.fold.batches) as (seen, forward):
         qat.fold.apply(pl_module, recipe, seen, forward=forward)
     _agree(pl_module)
     log.info("fold %s: done", recipe.fold.method)
 
 
-def start(trainer: Trainer, pl_module: LightningModule, init: Init) -> None:
-    """`qat.init.gptq`, or `qat.init.imatrix` without a method, with the first `init.batches` batches of the training
-    data; with the file `init.imatrix` none is looked at.
+def start_from_init(trainer: Trainer, pl_module: LightningModule, init: Init) -> None:
+    """`qat.init.gptq`, `qat.init.blockwise`, or `qat.init.imatrix` without a method, with the first `init.batches`
+    batches of the training data; with the file `init.imatrix` none is looked at.
 
     Every rank sees its own batches; all then take the weights and scales of rank 0. Random numbers and metrics go on as
     if nothing had happened; a data set that can be read only once has lost these batches. Raises QATError for sharded
     weights and for manual optimization, whose step cannot be called.
     """
-    from qat.init.gptq import gptq
-    from qat.init.imatrix import read_imatrix, search_weighted
-
     if init.imatrix is not None:
-        _say(init, search_weighted(pl_module, squares=read_imatrix(init.imatrix, pl_module)))
-        return
-    said = "init.weighted=true" if init.method == "none" else f"init.method={init.method}"
-    with _calibration(trainer, pl_module, said, init.batches) as (batches, forward):
-        if init.method == "none":
-            rows = search_weighted(pl_module, batches, forward=forward)
-        else:
-            rows = gptq(
-                pl_module,
-                batches,
-                latent=init.method == "gptq_latent",
-                damp=init.damp,
-                act_order=init.act_order,
-                weighted=init.weighted,
-                forward=forward,
-            )
-    _agree(pl_module)
-    _say(init, rows)
+        from qat.init.imatrix import read_imatrix, search_weighted
+
+        lines = _said(search_weighted(pl_module, squares=read_imatrix(init.imatrix, pl_module)))
+    else:
+        plain = init.method == "blockwise"
+        said = "init.weighted=true" if init.method == "none" else f"init.method={init.method}"
+        with _calibration(trainer, pl_module, said, init.batches, plain) as (batches, forward):
+            lines = (_blockwise if plain else _layerwise)(pl_module, batches, init, forward)
+        _agree(pl_module)
+    for line in lines:
+        log.info("init %s: %s", "weighted" if init.method == "none" else init.method, line)
 
 
-def _say(init: Init, rows: list[LayerError]) -> None:
+def _layerwise(pl_module: LightningModule, batches: list[Any], init: Init, forward: Any) -> list[str]:
+    """What was done, in words."""
+    from qat.init.gptq import gptq
+    from qat.init.imatrix import search_weighted
+
+    if init.method == "none":
+        return _said(search_weighted(pl_module, batches, forward=forward))
+    words: dict[str, Any] = {"damp": init.damp, "act_order": init.act_order, "weighted": init.weighted}
+    return _said(gptq(pl_module, batches, latent=init.method == "gptq_latent", forward=forward, **words))
+
+
+def _said(rows: list[LayerError]) -> list[str]:
     gains = [row.error / row.rtn for row in rows if row.error is not None and row.rtn]
     mean = sum(gains) / len(gains) if gains else 1.0
-    name = "weighted" if init.method == "none" else init.method
-    log.info("init %s: %d layers, their error %.2f of rounding to nearest", name, len(gains), mean)
-    for row in rows:
-        if row.note:
-            log.info("init %s: %s: %s", name, row.name, row.note)
+    first = f"{len(gains)} layers, their error {mean:.2f} of rounding to nearest"
+    return [first, *(f"{row.name}: {row.note}" for row in rows if row.note)]
+
+
+def _blockwise(pl_module: LightningModule, batches: list[Any], init: Init, forward: Any) -> list[str]:
+    from qat.init.blockwise import blockwise
+
+    rows = blockwise(pl_module, batches, epochs=init.epochs, lr=init.lr, forward=forward)
+    return [f"{row.name}: relative error {row.before:.3g} -> {row.after:.3g} in {row.steps} steps" for row in rows]
 
 
 def settle_batch_norm(trainer: Trainer, pl_module: LightningModule, count: int, held: bool = False) -> None:
@@ -94,10 +99,10 @@ def settle_batch_norm(trainer: Trainer, pl_module: LightningModule, count: int, 
 
 @contextlib.contextmanager
 def _calibration(
-    trainer: Trainer, pl_module: LightningModule, word: str, count: int
+    trainer: Trainer, pl_module: LightningModule, word: str, count: int, plain: bool = False
 ) -> Iterator[tuple[list[Any], Callable[[nn.Module, Any], Any]]]:
     """(the first batches, what runs `training_step` on one); `word` of the recipe asks for them and wants whole
-    weights."""
+    weights. plain: in fp32, whatever the precision of the run."""
     if word:
         _refuse(pl_module, word)
     devices = [torch.device(pl_module.device)] if torch.device(pl_module.device).type == "cuda" else []
@@ -108,7 +113,7 @@ def _calibration(
 
         def forward(model: nn.Module, batch: Any) -> Any:
             # not the strategy's own step: its wrapper would prepare for a backward
-            with trainer.precision_plugin.train_step_context():
+            with contextlib.nullcontext() if plain else trainer.precision_plugin.train_step_context():
                 return pl_module.training_step(batch, 0) if indexed else pl_module.training_step(batch)
 
         silent = [Patch(pl_module, name, _nothing) for name in ("log", "log_dict")]

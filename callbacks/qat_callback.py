@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import qat
 from qat.bypass import planned_weights, watched
-from qat.callbacks.calibration import refuse_unseen, settle_batch_norm, start, start_folded
+from qat.callbacks.calibration import refuse_unseen, settle_batch_norm, start_folded, start_from_init
 from qat.callbacks.dampening import dampened
 from qat.callbacks.lightning import AnyCallback, is_a, overrides
 from qat.callbacks.patches import Patch
@@ -38,7 +38,7 @@ from qat.plan import Plan
 from qat.recipes import load_recipe
 from qat.recipes.schema import Recipe
 from qat.state import CHILD, require_state, state_of
-from qat.steps import follow, forget_observed, holds_from_now, learned_scales, missing_from
+from qat.steps import follow, forget_observed, holds_from_now, learned_scales, missing_from, trained_weights
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -172,14 +172,15 @@ class QATCallback(AnyCallback):
             )
         _refuse_optimizers(trainer, pl_module)
         refuse_unseen(trainer, pl_module, self.recipe, AVERAGING)
-        low = [name for name, w in planned_weights(pl_module).items() if w.dtype in (torch.bfloat16, torch.float16)]
+        planned = trained_weights(pl_module)
+        low = [name for name, w in planned.items() if w.requires_grad and w.dtype in (torch.bfloat16, torch.float16)]
         if low and not self._warned:
             self._warned = True
             log.warning(
                 "%d planned weights are trained in %s (%s for one): steps smaller than its resolution vanish, and most "
                 "steps of quantization-aware training are; use precision='bf16-mixed', which keeps them in float32",
                 len(low),
-                str(planned_weights(pl_module)[low[0]].dtype).removeprefix("torch."),
+                str(planned[low[0]].dtype).removeprefix("torch."),
                 low[0],
             )
 
@@ -194,7 +195,7 @@ class QATCallback(AnyCallback):
                     start_folded(trainer, pl_module, self.recipe)
                 qat.initialize(pl_module)
                 if self.recipe.init.looks:
-                    start(trainer, pl_module, self.recipe.init)
+                    start_from_init(trainer, pl_module, self.recipe.init)
             finally:
                 self._calibrating = False
         qat.apply_schedule(pl_module)
@@ -358,7 +359,7 @@ def _refuse_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
 
 def owner_of_planned(trainer: Trainer, pl_module: LightningModule) -> torch.optim.Optimizer:
     """The optimizer whose steps the schedule counts: the one with the most planned weights, or learned scales."""
-    weights = {id(weight) for weight in planned_weights(pl_module).values()}
+    weights = {id(weight) for weight in trained_weights(pl_module).values()}
     scales = set(map(id, learned_scales(pl_module).values()))
     optimizers = _optimizers(trainer)
     for wanted in (weights, scales):

@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from qat.fake_quant_kernels import rowwise4
 from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.quantizers import Quantizer
+from qat.reparam import Lora
 
 if TYPE_CHECKING:
     from qat.specs import QuantSpec
@@ -43,7 +44,7 @@ class CodeCache:
         # the weight, its codes and fields, their form
         self.entries: dict[str, tuple[Tensor, Entry, str]] = {}
         self._owners: dict[str, weakref.ref[Tensor]] = {}
-        # the parameters, weights and learned scales, that codes come from
+        # the parameters, weights, adapters and learned scales, that codes come from
         self._sources: dict[str, dict[int, weakref.ref[Tensor]]] = {}
         self._tokens: dict[str, Any] = {}
         _caches.add(self)
@@ -57,10 +58,11 @@ class CodeCache:
         made.enabled = self.enabled
         return made
 
-    def own(self, key: str, w: Tensor, quantizer: Quantizer) -> None:
+    def own(self, key: str, w: Tensor, quantizer: Quantizer, reparam: Lora | None) -> None:
         """w is the layer's Parameter, and stays where it is."""
         self._owners[key] = weakref.ref(w)
-        self._sources[key] = {id(t): weakref.ref(t) for t in (w, *quantizer.learned())}
+        factors = () if reparam is None else reparam.factors
+        self._sources[key] = {id(t): weakref.ref(t) for t in (w, *factors, *quantizer.learned())}
 
     def disown(self, key: str) -> None:
         """No codes of this weight are kept."""
@@ -74,20 +76,22 @@ class CodeCache:
         self.entries.clear()
         self._tokens.clear()
 
-    def owns(self, key: str, w: Tensor) -> bool:
+    def owns(self, key: str, w: Tensor, reparam: Lora | None) -> bool:
         """Whether codes of w may be kept."""
         owner = self._owners.get(key)
-        return self.enabled and owner is not None and owner() is w and stays(w)
+        if not self.enabled or owner is None or owner() is not w or not stays(w):
+            return False
+        return reparam is None or all(id(t) in self._sources[key] and stays(t) for t in reparam.factors)
 
-    def quantized(self, key: str, w: Tensor, quantizer: Quantizer) -> tuple[Entry, str, bool]:
+    def quantized(self, key: str, w: Tensor, quantizer: Quantizer, reparam: Lora | None) -> tuple[Entry, str, bool]:
         """(codes and fields, their form, whether they are kept); eager mode only."""
-        if not self.owns(key, w):
-            return quantize(quantizer, quantizer.layout.to_rows(w.detach())), PLAIN, False
-        token = _token(w, quantizer)
+        if not self.owns(key, w, reparam):
+            return quantize(quantizer, rows_of(w, quantizer, reparam)), PLAIN, False
+        token = _token(w, quantizer, reparam)
         if key not in self.entries or self._tokens.get(key) != token:
             # in inference mode too: they are saved for backward next
             with torch.inference_mode(False):
-                self.entries[key] = (w, *_kept(quantizer, quantizer.layout.to_rows(w.detach())))
+                self.entries[key] = (w, *_kept(quantizer, rows_of(w, quantizer, reparam)))
             self._tokens[key] = token
         return *self.entries[key][1:], True
 
@@ -129,6 +133,11 @@ def forget_codes_of(module: nn.Module) -> None:
             cache.forget()
 
 
+def rows_of(w: Tensor, quantizer: Quantizer, reparam: Lora | None) -> Tensor:
+    """Rows [R, K] of what is quantized: the weight, or its sum with its adapter."""
+    return quantizer.layout.to_rows(w.detach() if reparam is None else reparam.weight(w, *reparam.factors))
+
+
 @torch.no_grad()
 def quantize(quantizer: Quantizer, w_RK: Tensor, form: str = PLAIN) -> Entry:
     """Codes and fields as the forward uses them."""
@@ -141,6 +150,8 @@ def _kept(quantizer: Quantizer, w_RK: Tensor) -> tuple[Entry, str]:
     if not packs(spec, w_RK.shape[1]):
         return quantize(quantizer, w_RK), PLAIN
     fp16 = spec.is_int and spec.scale_grid.name in ("portable", "fp16") and spec.zero_point == "none"
+    # ROWS keeps the scale that the codes were made with
+    fp16 = fp16 and not quantizer.codes_fixed
     if fp16 and spec.granularity != "tensor" and rowwise4.fits(w_RK, spec.groups(w_RK.shape[1])):
         entry = quantize(quantizer, w_RK, ROWS)
         if rowwise4.holds(entry[1]):
@@ -163,9 +174,11 @@ def bytes_of(spec: QuantSpec, shape: tuple[int, int]) -> int:
     return rows * columns + 4 * scales * fields
 
 
-def _token(w: Tensor, quantizer: Quantizer) -> Any:
-    """Changes with the weight, its place, and all that the quantizer reads."""
+def _token(w: Tensor, quantizer: Quantizer, reparam: Lora | None) -> Any:
+    """Changes with the weight, its place, its adapter, and all that the quantizer reads."""
     states = [*quantizer._parameters.values(), *quantizer._buffers.values()]
+    if reparam is not None:
+        states += reparam.factors
     return (
         w.data_ptr(),
         w.dtype,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.adapters import Adapters, refuse_later
 from qat.errors import ExportError, QATError
 from qat.fold.rotate import restructure
 from qat.layers import QATLayer, input_quantizer, weight_quantizers
@@ -22,7 +23,7 @@ from qat.recipes import from_dict
 from qat.recipes.schema import Network
 from qat.specs import QuantSpec
 from qat.state import CHILD, find_record, folded, require_folded, require_state, rotations
-from qat.steps import apply_schedule, full, qat_layers, remember_dtypes, schedule_of, whole_quantizer
+from qat.steps import apply_schedule, full, latents, qat_layers, remember_dtypes, schedule_of, whole_quantizer
 
 
 class Bundle(Mapping[str, QTensor]):
@@ -49,14 +50,18 @@ class Bundle(Mapping[str, QTensor]):
         self.recipe: dict[str, Any] = state.record.recipe
         self.step: int = state.record.step
         self.weights = weights
+        refuse_later(model)
+        self._adapters = adapters = Adapters(self.module)
         # the record names layers as the prepared root does
-        self._dtypes = {f"{root}{name}".removeprefix(inner): dtypes for name, dtypes in state.record.dtypes.items()}
+        self._dtypes = {
+            adapters.name(f"{root}{name}".removeprefix(inner)): dtypes for name, dtypes in state.record.dtypes.items()
+        }
         self._where: dict[str, tuple[QATLayer, str, Quantizer]] = {}
         self.tied: dict[str, str] = {}
         owners: dict[int, str] = {}
         for name, layer in qat_layers(self.module).items():
             for key, quantizer in weight_quantizers(layer).items():
-                parameter = f"{name}.{key}" if name else key
+                parameter = adapters.name(f"{name}.{key}" if name else key)
                 owner = owners.setdefault(id(layer._parameters[key]), parameter)
                 if owner == parameter:
                     self._where[parameter] = (layer, key, quantizer)
@@ -65,14 +70,12 @@ class Bundle(Mapping[str, QTensor]):
 
     def __getitem__(self, name: str) -> QTensor:
         layer, key, quantizer = self._where[name]
-        weight = layer._parameters[key]
-        assert weight is not None
         latent, out = self.dtypes(name)
         kept = quantizer.live_spec
         try:
             quantizer.set_bits(None)
             with whole_quantizer(quantizer, latent):
-                return quantizer.integers(full(weight).to(latent), out)
+                return quantizer.integers(latents(layer, key, latent), out)
         except QATError as problem:
             raise ExportError(f"{name}: {problem}") from None
         finally:
@@ -91,8 +94,14 @@ class Bundle(Mapping[str, QTensor]):
         assert parameter is not None
         known = self._dtypes.get(name.rpartition(".")[0])
         if known is None:
-            return parameter.dtype, parameter.dtype
+            reparam = layer._qat.reparams.get(key)
+            return parameter.dtype if reparam is None else reparam.factors[0].dtype, parameter.dtype
         return getattr(torch, known[0]), getattr(torch, known[1])
+
+    def latents(self, name: str) -> Tensor:
+        """What is rounded, whole: the weight, or its sum with its adapter."""
+        layer, key, _ = self._where[name]
+        return latents(layer, key)
 
     def specs(self) -> dict[str, QuantSpec]:
         """Parameter name -> spec, without computing a code."""
@@ -106,7 +115,7 @@ class Bundle(Mapping[str, QTensor]):
     def inputs(self) -> dict[str, tuple[QuantSpec, Fields | None]]:
         found: dict[str, tuple[QuantSpec, Fields | None]] = {}
         for name, layer in qat_layers(self.module).items():
-            quantizer = input_quantizer(layer)
+            quantizer, name = input_quantizer(layer), self._adapters.name(name)
             if quantizer is not None:
                 fields = None
                 if quantizer.static_activations:
@@ -120,19 +129,39 @@ class Bundle(Mapping[str, QTensor]):
     @property
     def floats(self) -> Mapping[str, Tensor]:
         """Everything else that the deployed model needs: parameters and persistent buffers that stay in float."""
-        return _Floats(self.module, {*self._where, *self.tied})
+        quantized = {*self._where, *self.tied}
+        return _Floats({name: value for name, value in self.parameters.items() if name not in quantized})
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """State-dict entries outside quantizers and adapters as they are now, latents of quantized ones included."""
+        own = [
+            name
+            for name, child in self.module.named_modules()
+            if isinstance(child, Quantizer) or name.endswith(CHILD) or id(child) in self._adapters.inner
+        ]
+        return {
+            self._adapters.name(name): value
+            for name, value in self.module.state_dict(keep_vars=True).items()
+            if isinstance(value, Tensor) and not any(name.startswith(f"{prefix}.") for prefix in own)
+        }
+
+    @property
+    def linears(self) -> list[str]:
+        """Names of all Linear layers, quantized or not."""
+        inner, name_of = self._adapters.inner, self._adapters.name
+        return [
+            name_of(name)
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.Linear) and id(module) not in inner
+        ]
 
 
 class _Floats(Mapping[str, Tensor]):
-    """State-dict entries outside the quantizers, gathered when asked for; a tied one is listed under each name."""
+    """Tensors that are gathered when asked for; a tied one is listed under each name."""
 
-    def __init__(self, module: nn.Module, quantized: set[str]) -> None:
-        self._found: dict[str, Tensor] = {}
-        own = [name for name, child in module.named_modules() if isinstance(child, Quantizer) or name.endswith(CHILD)]
-        for name, value in module.state_dict(keep_vars=True).items():
-            ours = any(name.startswith(f"{prefix}.") for prefix in own)
-            if name not in quantized and not ours and isinstance(value, Tensor):
-                self._found[name] = value
+    def __init__(self, found: dict[str, Tensor]) -> None:
+        self._found = found
 
     def __getitem__(self, name: str) -> Tensor:
         return full(self._found[name])

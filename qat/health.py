@@ -22,7 +22,6 @@ from qat.convert import convert
 from qat.grids import FloatGrid, Grid, ScaledGrid
 from qat.oscillation import share
 from qat.qtensor import QTensor
-from qat.steps import full
 
 # Codes of a tensor that are compared over time; a sample is enough and costs one byte each.
 _SAMPLED = 1 << 16
@@ -80,9 +79,8 @@ def decibels(signal: float, noise: float) -> float:
 def look(model: nn.Module) -> dict[str, Look]:
     """Parameter name -> look, on the grid that will be deployed. Collective where weights are sharded."""
     bundle = convert(model, require_final=False)
-    parameters = dict(bundle.module.named_parameters(remove_duplicate=False))
     counted = share(bundle.module)
-    found = {name: _look(bundle[name], full(parameters[name])) for name in bundle}
+    found = {name: _look(bundle[name], bundle.latents(name)) for name in bundle}
     for name, (oscillating, frozen) in counted.items():
         if name in found:
             found[name] = replace(found[name], oscillating_pct=oscillating, frozen_pct=frozen)

@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.codes import CodeCache, Entry, forget_codes_of, packs, quantize
+from qat.codes import CodeCache, Entry, forget_codes_of, packs, quantize, rows_of
 from qat.fake_quant_kernels import fp8_linear, int8_linear
 from qat.fake_quant_kernels.dispatch import uncompiled
 from qat.fake_quant_kernels.pack import PLAIN
-from qat.node import Call, KeepInGraph, QuantizedLayer, Slot, inside, no_autocast, random_state
-from qat.ops import ConvOp, EmbeddingOp, ExpertsOp, LayerOp, LinearOp
+from qat.node import Call, KeepInGraph, QuantizedLayer, Slot, inside, no_autocast
+from qat.ops import ConvOp, EmbeddingOp, ExpertsOp, LayerOp, LinearOp, no_view, random_state
 from qat.qtensor import Fields
 from qat.quantizers import Quantizer
+from qat.reparam import Lora
 
 _OPS: dict[type[nn.Module], tuple[str, LayerOp]] = {
     nn.Linear: ("Linear", LinearOp()),
@@ -90,6 +91,8 @@ class Live:
     # codes of 8-bit weights and inputs are multiplied as they are where the machine can
     real: bool = True
     cache: CodeCache = field(default_factory=CodeCache)
+    # weight name -> what is added to it before it is quantized
+    reparams: dict[str, Lora] = field(default_factory=dict)
     # the prepared root's record: a module whose `training` is the root's
     root: nn.Module | None = None
 
@@ -194,8 +197,9 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
         inputs = op.inputs(layer, args, kwargs)
         kinds = op.kinds(layer)
         weights = [getattr(layer, key) for key in kinds]
+        factors = [t for key in kinds if key in live.reparams for t in live.reparams[key].factors]
         dtype = _compute_dtype(op, inputs, weights)
-        live.latent_dtype, live.out_dtype = weights[0].dtype, dtype
+        live.latent_dtype, live.out_dtype = (factors or weights)[0].dtype, dtype
         with no_autocast(weights[0].device.type):
             x_slot, x_quantized = _input(layer, live, inputs[0])
             slots: list[Slot | None] = []
@@ -214,7 +218,8 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
             seeds = torch.randint(-(2**63), 2**63 - 1, (2,), device=weights[0].device)
             backward = live.backward
         call = Call(layer, op, dtype, x_slot, tuple(slots), len(inputs), product, random, backward)
-        y: Tensor = QuantizedLayer.apply(call, live.blend, seeds, *inputs, *weights, *x_quantized, *quantized)  # type: ignore[no-untyped-call]
+        y: Tensor = QuantizedLayer.apply(call, live.blend, seeds, *inputs, *weights, *x_quantized, *quantized, *factors)  # type: ignore[no-untyped-call]
+        y = _output(layer, live, y)
         frozen = [q for q in layer_quantizers(layer) if q.frozen]
         return _kept_in_graph(y, frozen) if frozen else y
 
@@ -229,21 +234,21 @@ def _weight(live: Live, key: str, w: Tensor, quantizer: Quantizer | None) -> tup
     """The slot of a weight with its codes and fields; fields of learned scales bring their gradient."""
     if quantizer is None:
         return None, _NOTHING
-    layout, cache = quantizer.layout, live.cache
+    layout, cache, reparam = quantizer.layout, live.cache, live.reparams.get(key)
     if torch.compiler.is_compiling():
         live.traced = True
         # codes of another tensor (functional_call, a Parameter that was replaced) are not this one's
         source, found, form = cache.entries.get(key, (None, None, PLAIN))
         keep = source is w
-        entry: Entry = found if found is not None and keep else quantize(quantizer, layout.to_rows(w.detach()))
+        entry: Entry = found if found is not None and keep else quantize(quantizer, rows_of(w, quantizer, reparam))
         form = form if keep else PLAIN
     else:
-        entry, form, keep = cache.quantized(key, w, quantizer)
-    slot = Slot(quantizer, quantizer.live_spec, layout, form, keep)
+        entry, form, keep = cache.quantized(key, w, quantizer, reparam)
+    slot = Slot(quantizer, quantizer.live_spec, layout, form, keep, reparam)
     if torch.is_grad_enabled() and any(p.requires_grad for p in quantizer.learned()):
         fields = quantizer.differentiable(Fields(*entry[1:])) if keep else None
         if fields is None:
-            fields = _visible(quantizer.fields(layout.to_rows(w.detach())), entry[1])
+            fields = _visible(quantizer.fields(rows_of(w, quantizer, reparam)), entry[1])
         return slot, (entry[0], *fields)
     return slot, entry
 
@@ -271,6 +276,29 @@ def _input(layer: nn.Module, live: Live, x: Tensor | None) -> tuple[Slot | None,
     else:
         codes, fields = _recent.quantized(x, slot)
     return slot, (codes, *fields)
+
+
+class _Rounded(torch.autograd.Function):
+    """y on the grid of its slot, with the gradient of y: the scales are dynamic."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, slot: Slot, blend: Tensor | None) -> Tensor:
+        codes, fields = slot.quantizer.quantize(slot.rows(y), slot.spec)
+        return no_view(slot.hat(y, (codes, *fields), blend, y.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
+
+
+def _output(layer: nn.Module, live: Live, y: Tensor) -> Tensor:
+    """What the layer gives, quantized if a rule says so."""
+    quantizer = layer._modules.get("output_quantizer")
+    if not isinstance(quantizer, Quantizer):
+        return y
+    with no_autocast(y.device.type):
+        slot = Slot(quantizer, quantizer.live_spec, quantizer.rows_layout(y))
+        return _Rounded.apply(y, slot, live.blend)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Recent(threading.local):

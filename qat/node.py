@@ -32,13 +32,18 @@ from qat.fake_quant_kernels.int8_gradients import int8_dgrad, int8_wgrad
 from qat.fake_quant_kernels.int8_linear import int8_linear
 from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.layout import Layout
-from qat.ops import LayerOp, Tensors
+from qat.ops import LayerOp, Tensors, no_view, replayed
 from qat.qtensor import Fields
 from qat.quantizers import Quantizer
+from qat.quantizers._gradients import scale_gradient
+from qat.reparam import Lora
 from qat.specs import QuantSpec
 
 # tensors of one slot among the node's arguments: codes, scale, zero, minimum
 _SLOT = 4
+
+# what a weight is made of: the weight itself, or it and the factors of its adapter
+Latents = Tensor | tuple[Tensor, Tensor, Tensor]
 
 # > 0 while one of our nodes or float ops is running: the rehearsal lets these touch planned weights
 _inside = 0
@@ -68,17 +73,6 @@ def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def no_view(y: Tensor) -> Tensor:
-    """The same numbers in the same memory, but free to be changed in place (`nn.ReLU(inplace=True)` after a layer):
-    autograd refuses that for views that a Function hands out."""
-    if torch.compiler.is_compiling():
-        free: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
-        return free
-    if not y._is_view():
-        return y
-    return torch.ops.aten._unsafe_view(y, y.shape) if y.is_contiguous() else y.clone()
-
-
 @dataclass(frozen=True)
 class Slot:
     """How one tensor of a call is quantized: what the forward saw, without tensors."""
@@ -90,13 +84,19 @@ class Slot:
     form: str = PLAIN
     # codes are saved for backward
     keep: bool = True
+    # what makes the weight of W0 and more; None: W0 is the weight
+    reparam: Lora | None = None
+
+    def latents(self, t: Latents) -> Tensor:
+        """What is quantized."""
+        return self.reparam.weight(*t) if self.reparam is not None else t  # type: ignore[return-value]
 
     def rows(self, t: Tensor) -> Tensor:
         return self.layout.to_rows(t)
 
     def hat(
         self,
-        t: Tensor,
+        t: Latents,
         quantized: Sequence[Tensor | None],
         blend: Tensor | None,
         dtype: torch.dtype,
@@ -111,21 +111,21 @@ class Slot:
             codes, scale, zero, minimum = quantized if packed else self.quantized(t, quantized)
             rows = self.spec.grid.decode(codes, scale, zero, minimum, dtype, packed, again)  # type: ignore[arg-type]
         fake = self.layout.from_rows(rows)
-        return fake if blend is None else torch.lerp(t.to(dtype), fake, blend.to(dtype))
+        return fake if blend is None else torch.lerp(self.latents(t).to(dtype), fake, blend.to(dtype))
 
-    def quantized(self, t: Tensor, quantized: Sequence[Tensor | None]) -> tuple[Any, Any, Tensor | None, Tensor | None]:
+    def quantized(self, t: Latents, quantized: Sequence[Tensor | None]) -> tuple[Any, ...]:
         """Codes [R, K], one in a byte, and fields: those given, or found again from t where there are no such codes."""
         codes, *fields = quantized
         if codes is None or self.form != PLAIN:
             given = None if self.quantizer.identity_gradient else Fields(*fields)  # type: ignore[arg-type]
-            codes, fields = self.quantizer.quantize(self.rows(t.detach()), self.spec, given)  # type: ignore[assignment]
-        return codes, *fields  # type: ignore[return-value]
+            codes, fields = self.quantizer.quantize(self.rows(self.latents(t).detach()), self.spec, given)  # type: ignore[assignment]
+        return codes, *fields
 
     def pull(
         self,
         grad: Tensor,
-        t: Tensor | None,
-        fields: Sequence[Tensor | None],
+        t: Latents | None,
+        quantized: Sequence[Tensor | None],
         blend: Tensor | None,
         needs: Sequence[bool],
         like: torch.dtype,
@@ -133,15 +133,18 @@ class Slot:
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the tensor itself (in dtype `like`) and of scale, zero and minimum, from that of `hat`; fresh:
         nobody else holds `grad`, and it may be overwritten."""
-        scale, zero, minimum = fields
+        scale, zero, minimum = quantized[1:]
         if self.quantizer.identity_gradient and not any(needs[1:]):
             return grad.to(like) if needs[0] else None, None, None, None
         assert t is not None and scale is not None
         through = grad if blend is None else grad * blend.to(grad.dtype)
+        if self.quantizer.codes_fixed:
+            codes, *fields = self.quantized(t, quantized)
+            return None, scale_gradient(self.rows(through), codes, Fields(*fields), self.spec), None, None
         dt, *dfields = self.quantizer.vjp(
             self.spec,
             self.rows(through),
-            self.rows(t.detach()),
+            self.rows(self.latents(t).detach()),
             Fields(scale, zero, minimum),
             tuple(needs),  # type: ignore[arg-type]
             fresh and blend is None,
@@ -190,35 +193,37 @@ class Call:
         return self.x.hat(x, quantized, blend, self.dtype, again)  # type: ignore[arg-type]
 
     def w_hat(
-        self, i: int, w: Tensor, quantized: Sequence[Tensor | None], blend: Tensor | None, again: bool = False
+        self, i: int, w: Latents, quantized: Sequence[Tensor | None], blend: Tensor | None, again: bool = False
     ) -> Tensor:
         slot = self.weights[i]
-        return w.to(self.dtype) if slot is None else slot.hat(w, quantized, blend, self.dtype, again)
+        if slot is None:
+            return w.to(self.dtype)  # type: ignore[union-attr]
+        return slot.hat(w, quantized, blend, self.dtype, again)
 
 
 class QuantizedLayer(torch.autograd.Function):
     """Arguments: the call, blend (0-dim, None at full strength), seeds (int64 [2], of a backward that rounds), the
-    inputs, the weights, the input's codes and fields, each weight's codes and fields. Gradients: inputs, weights,
-    fields."""
+    inputs, the weights, the input's codes and fields, each weight's codes and fields, the factors of each adapter.
+    Gradients: inputs, weights, fields, factors."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, blend: Tensor | None, seeds: Tensor | None, *tensors: Tensor | None) -> Tensor:
-        inputs, weights, x_quantized, quantized = _parts(call, tensors)
-        needs = ctx.needs_input_grad[3:]
+        inputs, weights, x_quantized, quantized, factors = _parts(call, tensors)
+        _, needs_w, _, needs_q, needs_f = _parts(call, ctx.needs_input_grad[3:])
         x = inputs[0]
         ctx.call = call
-        ctx.x_dtype = x.dtype  # type: ignore[union-attr]
-        n, count = call.inputs, len(weights)
-        # a scale's gradient needs that of w_hat, also where the weight itself is frozen
-        learns = [any(needs[n + count + _SLOT * i : n + count + _SLOT * (i + 1)]) for i in range(1, 1 + count)]
-        need_x = call.op.needs_x([need or more for need, more in zip(needs[n : n + count], learns, strict=True)])
-        kept_x, *kept = _kept(call, blend, x, need_x, x_quantized, quantized)
-        ctx.save_for_backward(blend, seeds, kept_x, *inputs[1:], *weights, *kept)
-        with no_autocast(weights[0].device.type):  # type: ignore[union-attr]
+        ctx.x_dtype = x.dtype
+        # the gradient of a scale or an adapter needs that of w_hat, also where the weight itself is frozen
+        learns = [need or any(q) or any(f) for need, q, f in zip(needs_w, needs_q, needs_f, strict=True)]
+        kept_x, *kept = _kept(call, blend, x, call.op.needs_x(learns), x_quantized, quantized)
+        more = [t for pair in factors for t in pair]
+        ctx.save_for_backward(blend, seeds, kept_x, *inputs[1:], *weights, *kept, *more)
+        with no_autocast(weights[0].device.type):
             if call.product:
                 return no_view(_product(call, inputs, x_quantized, quantized[0]))
             x_hat = call.x_hat(x, x_quantized, blend)
-            w_hats = [call.w_hat(i, w, quantized[i], blend) for i, w in enumerate(weights)]  # type: ignore[arg-type]
+            made_of = _made_of(weights, factors)
+            w_hats = [call.w_hat(i, w, quantized[i], blend) for i, w in enumerate(made_of)]
             y = call.op.forward(call.layer, (x_hat, *call.cast(inputs[1:])), w_hats)
             return no_view(y)
 
@@ -227,24 +232,20 @@ class QuantizedLayer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         call: Call = ctx.call
         blend, seeds, *tensors = ctx.saved_tensors
-        inputs, weights, x_quantized, quantized = _parts(call, tensors)
-        needs = ctx.needs_input_grad[3:]
-        n, count = call.inputs, len(weights)
-        need_w, need_fields = needs[n : n + count], needs[n + count :]
+        inputs, weights, x_quantized, quantized, factors = _parts(call, tensors)
+        needs_in, needs_w, needs_x, needs_q, needs_f = _parts(call, ctx.needs_input_grad[3:])
+        made_of = _made_of(weights, factors)
         with inside(), no_autocast(grad.device.type):
             slots = (call.x, *call.weights)
-            field_needs = [need_fields[_SLOT * i + 1 : _SLOT * (i + 1)] for i in range(len(slots))]
-            wanted = [
-                needs[0] or any(field_needs[0]),
-                *needs[1:n],
-                *(need or any(more) for need, more in zip(need_w, field_needs[1:], strict=True)),
-            ]
-            dinputs, dweights = _gradients(call, blend, seeds, grad, inputs, weights, x_quantized, quantized, wanted)
+            # of what is quantized: x, and each weight or the sum that stands for it
+            own = (needs_in[0], *(need or any(f) for need, f in zip(needs_w, needs_f, strict=True)))
+            wants = [(need, *q[1:]) for need, q in zip(own, (needs_x, *needs_q), strict=True)]
+            wanted = [any(wants[0]), *needs_in[1:], *map(any, wants[1:])]
+            dinputs, dweights = _gradients(call, blend, seeds, grad, inputs, made_of, x_quantized, quantized, wanted)
             found: list[tuple[Tensor | None, ...]] = []
-            latents = (inputs[0], *weights)
-            dtypes = (ctx.x_dtype, *(w.dtype for w in weights))  # type: ignore[union-attr]
+            latents = (inputs[0], *made_of)
+            dtypes = (ctx.x_dtype, *((f[0] if f else w).dtype for w, f in zip(weights, factors, strict=True)))
             fields = (x_quantized, *quantized)
-            own = (needs[0], *need_w)
             for i, d in enumerate((dinputs[0], *dweights)):
                 slot = slots[i]
                 if d is None:
@@ -252,11 +253,19 @@ class QuantizedLayer(torch.autograd.Function):
                 elif slot is None:
                     found.append((d.to(dtypes[i]) if own[i] else None, None, None, None))
                 else:
-                    wants = (own[i], *field_needs[i])
-                    found.append(slot.pull(d, latents[i], fields[i][1:], blend, wants, dtypes[i], call.op.separable))
-        dothers = [None if d is None else d.to(t.dtype) for d, t in zip(dinputs[1:], inputs[1:], strict=True)]  # type: ignore[union-attr]
+                    pulled = slot.pull(d, latents[i], fields[i], blend, wants[i], dtypes[i], call.op.separable)
+                    found.append(pulled)
+            dfactors: list[Tensor | None] = []
+            for i, (w, pair) in enumerate(zip(weights, factors, strict=True), 1):
+                if pair:
+                    dw, reparam = found[i][0], slots[i].reparam  # type: ignore[union-attr]
+                    pulled = (None, None) if dw is None else reparam.pull(dw, pair, needs_f[i - 1])  # type: ignore[union-attr]
+                    dfactors += pulled
+                    kept = dw.to(w.dtype) if dw is not None and needs_w[i - 1] else None
+                    found[i] = (kept, *found[i][1:])
+        dothers = [None if d is None else d.to(t.dtype) for d, t in zip(dinputs[1:], inputs[1:], strict=True)]
         dfields = [d for grads in found for d in (None, *grads[1:])]
-        return (None, None, None, found[0][0], *dothers, *(grads[0] for grads in found[1:]), *dfields)
+        return (None, None, None, found[0][0], *dothers, *(grads[0] for grads in found[1:]), *dfields, *dfactors)
 
 
 def _gradients(
@@ -265,7 +274,7 @@ def _gradients(
     seeds: Tensor | None,
     grad: Tensor,
     inputs: Tensors,
-    weights: Tensors,
+    weights: Sequence[Latents],
     x_quantized: Tensors,
     quantized: list[Tensors],
     wanted: Sequence[bool],
@@ -280,7 +289,7 @@ def _gradients(
         return call.x_hat(inputs[0], x_quantized, blend, True)
 
     def w_hats() -> list[Tensor]:
-        return [call.w_hat(i, w, quantized[i], blend, True) for i, w in enumerate(weights)]  # type: ignore[arg-type]
+        return [call.w_hat(i, w, quantized[i], blend, True) for i, w in enumerate(weights)]
 
     if seeds is not None:
         return _integer_gradients(call, seeds, grad, inputs, weights, x_quantized, quantized, wanted, x_hat)
@@ -294,12 +303,20 @@ def _gradients(
         return call.op.backward(call.layer, grad, (x_hat(), *others), w_hats(), wanted)
 
 
-def _parts(call: Call, tensors: Sequence[Tensor | None]) -> tuple[Tensors, Tensors, Tensors, list[Tensors]]:
-    """(inputs, weights, the input's codes and fields, each weight's codes and fields) of the node's tensors."""
+def _parts(call: Call, of: Sequence[Any]) -> tuple[Any, Any, Any, list[Any], list[Any]]:
+    """What there is `of` each of the node's tensors, sorted: (inputs, weights, the input's codes and fields, each
+    weight's codes and fields, the factors of each weight's adapter)."""
     n, count = call.inputs, len(call.weights)
-    rest = tuple(tensors[n + count :])
+    rest = of[n + count :]
     each = [rest[_SLOT * i : _SLOT * (i + 1)] for i in range(1 + count)]
-    return tuple(tensors[:n]), tuple(tensors[n : n + count]), each[0], each[1:]
+    more = iter(rest[_SLOT * (1 + count) :])
+    adapted = [slot is not None and slot.reparam is not None for slot in call.weights]
+    factors = [(next(more), next(more)) if has else () for has in adapted]
+    return of[:n], of[n : n + count], each[0], each[1:], factors
+
+
+def _made_of(weights: Tensors, factors: list[tuple[Tensor, ...]]) -> list[Latents]:
+    return [(w, *pair) if pair else w for w, pair in zip(weights, factors, strict=True)]  # type: ignore[misc]
 
 
 def _kept(
@@ -338,7 +355,7 @@ def _integer_gradients(
     seeds: Tensor,
     grad: Tensor,
     inputs: Tensors,
-    weights: Tensors,
+    weights: Sequence[Latents],
     x_quantized: Tensors,
     quantized: list[Tensors],
     wanted: Sequence[bool],
@@ -346,7 +363,7 @@ def _integer_gradients(
 ) -> tuple[Tensors, Tensors]:
     """`_gradients` of a linear layer with the matmuls of `qat.fake_quant_kernels.int8_gradients`."""
     w = weights[0]
-    assert w is not None and call.weights[0] is not None
+    assert call.weights[0] is not None
     rows = grad.reshape(-1, grad.shape[-1])
     dx = dw = None
     if wanted[0]:
@@ -372,25 +389,3 @@ class KeepInGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         return (grads[0], *(torch.zeros_like(p) for p in ctx.saved_tensors))
-
-
-def random_state(layer: nn.Module) -> tuple[Tensor, int | None, Tensor | None]:
-    """State of the host's random numbers, and of the GPU that the layer lies on."""
-    device = next(p.device for p in layer.parameters())
-    if device.type != "cuda":
-        return torch.get_rng_state(), None, None
-    return torch.get_rng_state(), device.index, torch.cuda.get_rng_state(device)
-
-
-@contextlib.contextmanager
-def replayed(state: tuple[Tensor, int | None, Tensor | None] | None) -> Iterator[None]:
-    """Inside, random numbers are those of `state`; outside, they go on as if nothing had happened."""
-    if state is None:
-        yield
-        return
-    host, index, device = state
-    with torch.random.fork_rng(devices=[] if index is None else [index]):
-        torch.set_rng_state(host)
-        if device is not None:
-            torch.cuda.set_rng_state(device, index)  # type: ignore[arg-type]
-        yield

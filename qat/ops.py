@@ -9,8 +9,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -275,3 +276,36 @@ class ExpertsOp(LayerOp):
             found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
         grads = tuple(next(found) if need else None for need in needs)
         return grads[: len(inputs)], grads[len(inputs) :]
+
+
+def random_state(layer: nn.Module) -> tuple[Tensor, int | None, Tensor | None]:
+    """State of the host's random numbers, and of the GPU that the layer lies on."""
+    device = next(p.device for p in layer.parameters())
+    if device.type != "cuda":
+        return torch.get_rng_state(), None, None
+    return torch.get_rng_state(), device.index, torch.cuda.get_rng_state(device)
+
+
+@contextlib.contextmanager
+def replayed(state: tuple[Tensor, int | None, Tensor | None] | None) -> Iterator[None]:
+    """Inside, random numbers are those of `state`; outside, they go on as if nothing had happened."""
+    if state is None:
+        yield
+        return
+    host, index, device = state
+    with torch.random.fork_rng(devices=[] if index is None else [index]):
+        torch.set_rng_state(host)
+        if device is not None:
+            torch.cuda.set_rng_state(device, index)  # type: ignore[arg-type]
+        yield
+
+
+def no_view(y: Tensor) -> Tensor:
+    """The same numbers in the same memory, but free to be changed in place (`nn.ReLU(inplace=True)` after a layer):
+    autograd refuses that for views that a Function hands out."""
+    if torch.compiler.is_compiling():
+        free: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+        return free
+    if not y._is_view():
+        return y
+    return torch.ops.aten._unsafe_view(y, y.shape) if y.is_contiguous() else y.clone()

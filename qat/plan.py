@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
+from qat.adapters import Adapters, is_peft_model
 from qat.errors import QATError
 from qat.fake_quant_kernels.int8_linear import LONGEST
 from qat.layers import TYPES, layer_type, listed_name, original_class
@@ -28,7 +29,7 @@ _NOT_PLAIN = "its weight is no plain parameter (parametrized, weight-normed or l
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One layer. `weight`/`input` None: that slot stays in float. `kinds`: weight name -> layout kind."""
+    """One layer. `weight`/`input`/`output` None: that slot stays in float. `kinds`: weight name -> layout kind."""
 
     name: str
     type: str
@@ -44,10 +45,12 @@ class PlanRow:
     weight_rule: str | None = None
     # float | int8 | int8_dgrad: how the matmuls of its gradients run
     backward: str = "float"
+    # of what the layer gives
+    output: QuantSpec | None = None
 
     @property
     def quantized(self) -> bool:
-        return self.weight is not None or self.input is not None
+        return any(spec is not None for spec in (self.weight, self.input, self.output))
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Plan:
         for row in (*self.rows, *self.float_rows):
             weight = str(row.weight) if row.weight else f"float{f' ({row.note})' if row.note else ''}"
             x = str(row.input or "float") + ("" if row.backward == "float" else f", backward {row.backward}")
+            x += "" if row.output is None else f", output {row.output}"
             cells = (row.name or "(the model)", row.type, row.rule or "-", weight, x)
             table.add_row(*cells, f"{row.params:,}")
         console = Console(width=160, record=True, file=io.StringIO())
@@ -123,9 +127,9 @@ def has_config(module: nn.Module) -> bool:
 
 
 def deployed(model: nn.Module) -> tuple[str, nn.Module]:
-    """(prefix, module): the outermost module with a Hugging Face config, else the model itself."""
+    """(prefix, module): the outermost module with a Hugging Face config, peft's own apart, else the model itself."""
     for name, module in model.named_modules():
-        if has_config(module):
+        if has_config(module) and not is_peft_model(module):
             return (f"{name}." if name else ""), module
     return "", model
 
@@ -137,6 +141,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     bypass its own forward, tied weights under different rules, or (recipe.strict) a layer left in float unlisted.
     """
     prefix, _ = deployed(model)
+    adapters = Adapters(model)
     parents = {id(child): module for module in model.modules() for child in module.children()}
     rows: list[PlanRow] = []
     problems: list[str] = []
@@ -148,7 +153,10 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     for name, module in model.named_modules():
         # a rule may name a layer as the whole module does or as the model inside it, so that a recipe means the same
         # for a bare model and for the LightningModule that trains it
-        row = _resolve((name, name.removeprefix(prefix)), module, recipe, used)
+        if id(module) in adapters.inner:
+            continue
+        names = (name, name.removeprefix(prefix))
+        row = _resolve((*names, *map(adapters.name, names)), module, recipe, used)
         if row is None:
             continue
         if row.quantized:
@@ -159,7 +167,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     for name, rule in recipe.rules.items():
         if not used[name] and not rule.optional:
             problems.append(_unmatched(name, rule, rows))
-    problems += _tied_reasons(model, rows, recipe)
+    problems += _tied_reasons(model, rows, recipe, adapters)
+    problems += adapters.reasons({row.name for row in rows if row.weight is not None})
     quantized = [row for row in rows if row.quantized]
     left = [row for row in rows if not row.quantized]
     if recipe.strict:
@@ -178,7 +187,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
         )
     if problems:
         raise QATError(f"recipe {recipe.name!r} does not fit {type(model).__name__}: {_some(problems, '; ')}")
-    return _totals(model, recipe, quantized, left)
+    return _totals(model, recipe, quantized, left, adapters.parameters)
 
 
 def _resolve(names: tuple[str, ...], module: nn.Module, recipe: Recipe, used: Counter[str]) -> PlanRow | None:
@@ -195,16 +204,19 @@ def _resolve(names: tuple[str, ...], module: nn.Module, recipe: Recipe, used: Co
             continue
         used[rule_name] += 1
         if rule.keep_float:
-            row = replace(row, rule=rule_name, weight=None, weight_rule=None, input=None, backward="float", listed=True)
+            kept = replace(row, weight=None, weight_rule=None, input=None, output=None, backward="float")
+            row = replace(kept, rule=rule_name, listed=True)
         elif entry is None:
             row = replace(row, rule=rule_name)
         else:
             if rule.weight is not None:
                 row = replace(row, weight=spec_of(rule.weight), weight_rule=rule_name)
             x = spec_of(rule.input) if rule.input is not None and kind != "Embedding" else row.input
+            y = spec_of(rule.output) if rule.output is not None else row.output
             # a rule about gradients alone leaves a listed layer listed
-            listed = row.listed and rule.weight is None and rule.input is None
-            row = replace(row, rule=rule_name, input=x, backward=rule.backward or row.backward, listed=listed)
+            listed = row.listed and rule.weight is None and rule.input is None and rule.output is None
+            backward = rule.backward or row.backward
+            row = replace(row, rule=rule_name, input=x, output=y, backward=backward, listed=listed)
     if not row.quantized:
         row = replace(row, backward="float")
     if entry is None:
@@ -257,6 +269,13 @@ def _row_reasons(row: PlanRow, module: nn.Module, parents: dict[int, nn.Module])
             found += row.input.shape_reasons(row.columns)
         if row.input.granularity != "tensor" and entry[0].startswith("Conv") and entry[0] != "Conv1D":
             found.append(f"the input of {entry[0]} has no tokens; use granularity=tensor")
+    if row.output is not None:
+        found += quantizer_class(row.output.quantizer).reasons(row.output, activation=True)
+        if entry[0] not in ("Linear", "Conv1D"):
+            found.append(f"output is for Linear and Conv1D, not {entry[0]}; take it out of this rule")
+        elif row.output.granularity == "group":
+            outputs = Layout(tuple(module._parameters["weight"].shape), row.kinds["weight"]).rows_shape[0]  # type: ignore[union-attr]
+            found += [f"output: {why}" for why in row.output.shape_reasons(outputs)]
     if row.backward != "float":
         found += _backward_reasons(row, entry[0], module)
     found += entry[1].reasons(module)
@@ -316,7 +335,7 @@ def _unmatched(name: str, rule: Rule, rows: list[PlanRow]) -> str:
     return f"rules.{name} matches no layer ({wanted}); nearest layer names: {hint}; correct it or set optional: true"
 
 
-def _tied_reasons(model: nn.Module, rows: list[PlanRow], recipe: Recipe) -> list[str]:
+def _tied_reasons(model: nn.Module, rows: list[PlanRow], recipe: Recipe, adapters: Adapters) -> list[str]:
     """Modules that share a parameter must agree on its grid, in every phase."""
     owners: dict[int, list[PlanRow]] = {}
     by_name = {row.name: row for row in rows}
@@ -332,13 +351,19 @@ def _tied_reasons(model: nn.Module, rows: list[PlanRow], recipe: Recipe) -> list
         if len({row.weight for row in tied}) > 1 or (len(bits) > 1 and tied[0].weight is not None):
             said = ", ".join(f"{row.name}: {row.weight or 'float'}" for row in tied)
             found.append(f"these layers share one weight but not one grid ({said}); give them the same rule")
+        adapted = next((row.name for row in tied if row.name in adapters.of), None)
+        if adapted is not None and len(tied) > 1:
+            others = ", ".join(row.name for row in tied if row.name != adapted)
+            found.append(
+                f"{adapted} has an adapter, but shares its weight with {others}; leave it out of target_modules"
+            )
     return found
 
 
-def _totals(model: nn.Module, recipe: Recipe, rows: list[PlanRow], left: list[PlanRow]) -> Plan:
+def _totals(model: nn.Module, recipe: Recipe, rows: list[PlanRow], left: list[PlanRow], adapters: set[int]) -> Plan:
     counted: set[int] = set()
     kept = []
-    own = {
+    own = adapters | {
         id(p) for m in model.modules() for key, p in m._parameters.items() if p is not None and isinstance(m, Quantizer)
     }
     for row in rows:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.adapters import Adapters, let_go, refuse_later, take_in
 from qat.batch_norm import hold_batch_norm
 from qat.bypass import close_fast_paths, reopen_fast_paths
 from qat.errors import QATError
@@ -33,12 +34,14 @@ from qat.layout import Layout
 from qat.oscillation import add_counts
 from qat.plan import Plan, PlanRow, make_plan
 from qat.quantizers import Quantizer, make_quantizer
-from qat.recipes import load_recipe, to_dict
+from qat.recipes import from_dict, load_recipe, to_dict
 from qat.recipes.schema import Recipe
+from qat.reparam import Lora
 from qat.state import CHILD, QATState, folded, require_folded, require_state, rotations, state_of, structure
 from qat.steps import (
     apply_schedule,
     initialize,
+    learned_scales,
     prepared_root,
     qat_layers,
     refresh_codes,
@@ -83,6 +86,7 @@ def prepare(
     """
     recipe = as_recipe(recipe)
     model = prepared_root(model)
+    refuse_later(model)
     found = make_plan(model, recipe)
     _refuse_sharded(model, found)
     state = state_of(model)
@@ -130,17 +134,20 @@ def _keep_freed_memory() -> None:
 def _insert(model: nn.Module, state: QATState, found: Plan, search: bool) -> None:
     shared: dict[int, Quantizer] = _existing(model)
     fresh: dict[str, QATLayer] = {}
+    wrappers = Adapters(model).of
     counts = any(phase.get("freeze_oscillating") for phase in state.record.recipe["phases"].values())
     for row in found.rows:
         layer = model.get_submodule(row.name)
         if not isinstance(layer, QATLayer):
-            _swap(layer, row, shared)
+            _swap(layer, row, shared, take_in(wrappers[row.name]) if row.name in wrappers else None)
             if counts:
                 for key, quantizer in layer._modules.items():
                     if isinstance(quantizer, Quantizer) and quantizer.layout.kind != "tokens":
                         add_counts(quantizer, layer._parameters[key.removesuffix("_quantizer")])  # type: ignore[arg-type]
             fresh[row.name] = layer  # type: ignore[assignment]
     close_fast_paths(model)
+    if all(phase.train == "scales" for phase in from_dict(state.record.recipe).phases.values()):
+        _train_scales_alone(model, state)
     state.plan = found
     state.applied = None
     if search and fresh:
@@ -149,14 +156,39 @@ def _insert(model: nn.Module, state: QATState, found: Plan, search: bool) -> Non
     apply_schedule(model)
     for layer in qat_layers(model).values():
         layer._qat.root, layer._qat.real = state, state.real
+    state.record.adapters = _scalings(model)
     # now: a model that is compiled next finds them
     refresh_codes(model, at_once=True)
     state.on_load = partial(_loaded, model)
     state.on_float = partial(_loaded_float, model)
 
 
+def _train_scales_alone(model: nn.Module, state: QATState) -> None:
+    """Before optimizers and DDP look at what has a gradient; `unprepare` takes it back."""
+    scales = {id(p) for p in learned_scales(model).values()}
+    for name, p in model.named_parameters():
+        if id(p) in scales:
+            p.requires_grad_(True)
+        elif p.requires_grad:
+            p.requires_grad_(False)
+            state.stilled.add(name)
+
+
+def _scalings(model: nn.Module) -> dict[str, float]:
+    """Layer name -> what its adapter is multiplied with, which no state dict of peft tells."""
+    live = {name: layer._qat for name, layer in qat_layers(model).items()}
+    return {name: found.reparams["weight"].scaling for name, found in live.items() if found.reparams}
+
+
 def _loaded(model: nn.Module) -> None:
     """After a record was loaded: nothing that goes with it may be missing; layers then do what its step says."""
+    record = require_state(model).record
+    if record.adapters != _scalings(model):
+        raise QATError(
+            f"the checkpoint was trained with {len(record.adapters)} adapters of scaling "
+            f"{sorted(set(record.adapters.values()))}, this model has {len(_scalings(model))} of "
+            f"{sorted(set(_scalings(model).values()))}; give get_peft_model the LoraConfig of that run"
+        )
     for name, layer in qat_layers(model).items():
         for quantizer in layer_quantizers(layer):
             if quantizer.absent and quantizer.state_dict():
@@ -191,7 +223,7 @@ def _existing(model: nn.Module) -> dict[int, Quantizer]:
     return {id(layer._parameters[key]): q for layer in layers for key, q in weight_quantizers(layer).items()}
 
 
-def _swap(layer: nn.Module, row: PlanRow, shared: dict[int, Quantizer]) -> None:
+def _swap(layer: nn.Module, row: PlanRow, shared: dict[int, Quantizer], lora: Lora | None) -> None:
     entry = layer_type(layer)
     assert entry is not None
     weights = {key: layer._parameters[key] for key in row.kinds}
@@ -204,13 +236,19 @@ def _swap(layer: nn.Module, row: PlanRow, shared: dict[int, Quantizer]) -> None:
             # one quantizer per parameter: its first layer owns it, the others only refer to it (no second set of keys)
             layer.__dict__[f"{key}_quantizer"] = tied
             continue
-        quantizer = _made(row.weight, Layout(tuple(weight.shape), row.kinds[key]), weight, layer)
+        # a base weight is frozen; its scale learns with the adapter
+        learns = weight if lora is None else lora.factors[0]
+        quantizer = _made(row.weight, Layout(tuple(weight.shape), row.kinds[key]), learns, layer)
         layer.add_module(f"{key}_quantizer", quantizer)
         shared[id(weight)] = quantizer
     if row.input is not None:
         first = next(w for w in weights.values() if w is not None)
         layer.add_module("input_quantizer", _made(row.input, Layout((1, 1), "tokens"), first, layer))
-    layer.__dict__["_qat"] = Live(original_class(layer), entry[1], backward=row.backward)
+    if row.output is not None:
+        first = next(w for w in weights.values() if w is not None)
+        layer.add_module("output_quantizer", _made(row.output, Layout((1, 1), "tokens"), first, layer))
+    reparams = {} if lora is None else {"weight": lora}
+    layer.__dict__["_qat"] = Live(original_class(layer), entry[1], backward=row.backward, reparams=reparams)
     swapped: Any = swapped_class(original_class(layer))
     layer.__class__ = swapped
 
@@ -228,6 +266,7 @@ def _made(spec: Any, layout: Layout, weight: Tensor, layer: nn.Module) -> Quanti
 def unprepare(model: nn.Module) -> None:
     """Restore every module to what it was before `prepare`, bit for bit (the weights stay as they are now)."""
     reopen_fast_paths(model)
+    let_go(model)
     hold_batch_norm(model, False)
     for layer in list(model.modules()):
         if isinstance(layer, QATLayer):
@@ -239,7 +278,11 @@ def unprepare(model: nn.Module) -> None:
             del layer.__dict__["_qat"]
             layer.__class__ = original
     for module in list(model.modules()):
-        if isinstance(module._modules.get(CHILD), QATState):
+        found = module._modules.get(CHILD)
+        if isinstance(found, QATState):
+            for name, p in module.named_parameters():
+                if name in found.stilled:
+                    p.requires_grad_(True)
             del module._modules[CHILD]
 
 

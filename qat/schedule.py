@@ -23,6 +23,8 @@ class State:
     freeze_batch_norm: bool = False
     freeze_oscillating: float = 0.0
     dampen: float = 0.0
+    # learned scales move, codes stay
+    fix_codes: bool = False
 
     @property
     def final(self) -> bool:
@@ -61,6 +63,7 @@ class Schedule:
             phase.freeze_batch_norm,
             phase.freeze_oscillating,
             phase.dampen,
+            phase.train == "scales",
         )
 
     def first_final_step(self) -> int | None:

@@ -37,6 +37,7 @@ class Record:
     step             optimizer steps taken by the optimizer that owns the planned weights
     initialized      scales were searched on the weights that training started from
     scales_frozen    learned scales were folded into their start values
+    adapters         layer -> scaling of the adapter in its weight
     dtypes           layer -> [latent dtype, out dtype] of its last quantized forward
     folded           what `qat.fold` did to the float model, in order: {"method": ..., and its settings}
     """
@@ -46,6 +47,7 @@ class Record:
     initialized: bool = False
     scales_frozen: bool = False
     dtypes: dict[str, list[str]] = field(default_factory=dict)
+    adapters: dict[str, float] = field(default_factory=dict)
     teacher: str = ""
     folded: list[dict[str, Any]] = field(default_factory=list)
 
@@ -65,6 +67,8 @@ class QATState(nn.Module):
         self.real = True
         # the optimizers of a hand-written loop were found to hold every learned scale
         self.checked = False
+        # parameters that had a gradient before `prepare` took it from them
+        self.stilled: set[str] = set()
         # True once a checkpoint with quantizer state was loaded into this model
         self.restored = False
         # set by prepare: brings the layers to the step of a record that was loaded
@@ -87,6 +91,7 @@ class QATState(nn.Module):
         layers = [] if self.plan is None else [row.name for row in self.plan.rows]
         recipe = len(json.dumps([self.record.recipe, rotations(self.record.folded)]).encode())
         room = recipe + sum(len(name.encode()) + _LAYER_BYTES for name in layers) + _RECORD_BYTES
+        room += len(json.dumps(self.record.adapters).encode())
         return encode_record(self.record, -(-room // _BLOCK) * _BLOCK)
 
     def set_extra_state(self, state: Tensor) -> None:

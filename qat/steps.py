@@ -54,7 +54,7 @@ def search_scales(layers: dict[str, QATLayer], force: bool) -> None:
             assert weight is not None
             if weight.device.type == "meta":
                 continue
-            whole = full(weight)
+            whole = latents(layer, key)
             token = _numbers(whole)
             if not math.isfinite(token[1]):
                 raise QATError(f"{name}.{key} has numbers that are not finite; quantization cannot start from it")
@@ -82,6 +82,19 @@ def full(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor (collective), or the tensor itself; detached."""
     gather = getattr(tensor, "full_tensor", None)
     return (gather() if gather is not None else tensor).detach()
+
+
+def latents(layer: QATLayer, key: str, dtype: torch.dtype | None = None) -> Tensor:
+    """What the quantizer of a weight reads, whole (collective for a sharded one) and detached; `dtype` as the forward
+    had its parameters."""
+    weight, reparam = layer._parameters[key], layer._qat.reparams.get(key)
+    assert weight is not None
+    if reparam is None:
+        return full(weight) if dtype is None else full(weight).to(dtype)
+    parts = [full(weight), *map(full, reparam.factors)]
+    # a sharded run casts all of them alike; else the adapter's dtype is its own
+    cast = dtype is not None and dtype != parts[1].dtype
+    return reparam.weight(*(part.to(dtype) if cast else part for part in parts))
 
 
 @contextmanager
@@ -130,6 +143,7 @@ def apply_schedule(model: nn.Module, step: int | None = None) -> State:
         bits = now.bits.get(rules.get(name.removeprefix(prefix)) or "")
         for quantizer in weight_quantizers(layer).values():
             quantizer.set_bits(bits)
+            quantizer.codes_fixed = now.fix_codes and bool(quantizer.learned())
     _freeze(model, state, now.freeze_scales)
     hold_batch_norm(model, now.freeze_batch_norm)
     state.applied = now
@@ -170,9 +184,9 @@ def refresh_codes(model: nn.Module, at_once: bool) -> None:
             if needed > budget:
                 continue
             budget -= needed
-            live.cache.own(key, weight, quantizer)
+            live.cache.own(key, weight, quantizer, live.reparams.get(key))
             if live.active and (live.traced or at_once):
-                live.cache.quantized(key, weight, quantizer)
+                live.cache.quantized(key, weight, quantizer, live.reparams.get(key))
 
 
 def _prefix(model: nn.Module, state: QATState) -> str:
@@ -256,6 +270,19 @@ def learned_scales(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameter name -> learned scale."""
     learned = {id(p) for layer in qat_layers(model).values() for q in layer_quantizers(layer) for p in q.learned()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in learned}
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter name -> what an optimizer moves of each quantized weight: the weight, or the factors of its adapter."""
+    found: dict[str, Tensor] = {}
+    for name, layer in qat_layers(model).items():
+        for key in weight_quantizers(layer):
+            reparam, parameter = layer._qat.reparams.get(key), f"{name}.{key}" if name else key
+            if reparam is None:
+                found[parameter] = layer._parameters[key]  # type: ignore[assignment]
+            else:
+                found |= {f"{parameter} ({factor})": t for factor, t in zip("AB", reparam.factors, strict=True)}
+    return found
 
 
 def missing_from(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:

@@ -10,9 +10,9 @@ import re
 from importlib.metadata import entry_points
 from importlib.resources import files
 
-from qat.recipes import folding, starting
+from qat.recipes import folding, starting, training
 from qat.recipes.schema import Distill, Phase, Recipe, Rule, Slot, Train
-from qat.recipes.shape import join, nearest, plain_errors, shape_errors, show
+from qat.recipes.shape import class_errors, join, nearest, plain_errors, shape_errors, show
 
 # Quantizer -> the zero points that it can find: what is known of these before a model is there. Others are found by
 # their files and checked by their class when the model is planned.
@@ -41,6 +41,7 @@ STATIC_INPUT_QUANTIZERS = ("lsq", "lsq_plus", "pact", "ema")
 PERCENTILE_QUANTIZERS = ("lsq", "ewgs", "ema")
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 INPUT_GRANULARITIES = ("tensor", "token", "group")
+OUTPUT_QUANTIZERS = {name: INPUT_QUANTIZERS[name] for name in ("absmax", "minmax")}
 ZERO_POINTS = ("none", "int", "float")
 TWO_LEVELS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "nvfp4", "nvfp4_over", "bnb_nested")
 SCALES = ("portable", "fp32", "fp16", "bf16", "e8m0", *TWO_LEVELS)
@@ -53,7 +54,6 @@ TASKS = ("causal_lm", "image_classification", "sentence_embedding")
 SCHEDULERS = ("cosine", "constant")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true")
 LOGGERS = ("none", "csv", "wandb")
-_PARTS = ("fold", "init", "batch_norm", "distill", "export", "train")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -81,7 +81,7 @@ def check(recipe: Recipe) -> list[str]:
     data = dataclasses.asdict(recipe)
     found = plain_errors(data) or shape_errors(data)
     if not found:
-        found = [f"{path}: {kind}" for path, kind in _classes(recipe)]
+        found = [f"{path}: {kind}" for path, kind in class_errors(recipe)]
     if found:
         return found
     if not _NAME.fullmatch(recipe.name):
@@ -90,7 +90,7 @@ def check(recipe: Recipe) -> list[str]:
         found.append("rules: there is no rule, so nothing would be quantized; add one, e.g. linears: {types: [Linear]}")
     for name, rule in recipe.rules.items():
         found += _rule(rule, join("rules", name))
-    if recipe.rules and all(rule.weight is None and rule.input is None for rule in recipe.rules.values()):
+    if recipe.rules and all(not _slots(rule) for rule in recipe.rules.values()):
         found.append("rules: no rule has a weight or an input, so nothing would be quantized; add one to a rule")
     found += _phases(recipe)
     found += folding.reasons(recipe)
@@ -106,25 +106,6 @@ def check(recipe: Recipe) -> list[str]:
         )
     found += _targets(recipe.export.targets)
     return found + _train(recipe.train)
-
-
-def _classes(recipe: Recipe) -> list[tuple[str, str]]:
-    """Mappings where a recipe that was put together by hand needs the classes of the schema."""
-    wanted: list[tuple[str, object, type]] = [
-        *((join("rules", name), rule, Rule) for name, rule in recipe.rules.items()),
-        *((join("phases", name), phase, Phase) for name, phase in recipe.phases.items()),
-        *((key, getattr(recipe, key), type(getattr(Recipe(), key))) for key in _PARTS),
-    ]
-    for name, rule in recipe.rules.items():
-        for key in ("weight", "input"):
-            slot = getattr(rule, key, None)
-            if slot is not None:
-                wanted.append((join(join("rules", name), key), slot, Slot))
-    return [
-        (path, f"a {type(value).__name__} is not a {kind.__name__}; use qat.recipes.from_dict for plain data")
-        for path, value, kind in wanted
-        if not isinstance(value, kind)
-    ]
 
 
 def _one_of(path: str, value: str, allowed: tuple[str, ...] | list[str]) -> list[str]:
@@ -167,10 +148,10 @@ def _rule(rule: Rule, path: str) -> list[str]:
         if not name.isidentifier():
             found.append(f"{path}.types[{index}]: {show(name)} is not the short name of a class, like Linear")
     if rule.keep_float:
-        for key in ("weight", "input", "backward"):
+        for key in ("weight", "input", "output", "backward"):
             if getattr(rule, key) is not None:
                 found.append(f"{path}.keep_float: true is not allowed beside {path}.{key}; leave one of them out")
-    elif rule.weight is None and rule.input is None and rule.backward is None:
+    elif not _slots(rule) and rule.backward is None:
         found.append(f"{path}: the rule does nothing; give it a weight, an input, a backward or keep_float: true")
     if rule.backward is not None:
         found += _one_of(f"{path}.backward", rule.backward, BACKWARDS)
@@ -181,6 +162,8 @@ def _rule(rule: Rule, path: str) -> list[str]:
                 f"{path}.weight.signed: false is not allowed with zero_point=none, every negative weight would be 0; "
                 "allowed: true, or zero_point=int or float"
             )
+    if rule.output is not None:
+        found += _slot(rule.output, f"{path}.output", ("token", "group"), OUTPUT_QUANTIZERS)
     if rule.input is not None:
         found += _slot(rule.input, f"{path}.input", INPUT_GRANULARITIES, INPUT_QUANTIZERS)
         if rule.input.granularity in ("token", "group") and rule.input.quantizer in STATIC_INPUT_QUANTIZERS:
@@ -190,6 +173,10 @@ def _rule(rule: Rule, path: str) -> list[str]:
                 "quantizer=absmax or minmax"
             )
     return found
+
+
+def _slots(rule: Rule) -> list[Slot]:
+    return [slot for slot in (rule.weight, rule.input, rule.output) if slot is not None]
 
 
 def _slot(slot: Slot, path: str, granularities: tuple[str, ...], quantizers: dict[str, tuple[str, ...]]) -> list[str]:
@@ -300,6 +287,7 @@ def _phases(recipe: Recipe) -> list[str]:
                     f"{path}.{key}: {show(getattr(phase, key))} is not allowed with quantize=false; allowed: 0"
                 )
         found += _phase_bits(phase, path, recipe.rules)
+        found += training.reasons(phase, path, recipe)
         kept = [(key, rule.input.quantizer) for key, rule in recipe.rules.items() if rule.input]
         static = [key for key, name in kept if name in STATIC_INPUT_QUANTIZERS]
         if phase.steps == 0 and name == last and static:

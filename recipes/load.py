@@ -122,11 +122,16 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
         # records of versions that did not know these words stay the same
         if rule["backward"] is None:
             del rule["backward"]
-        for slot in (rule["weight"], rule["input"]):
+        if rule["output"] is None:
+            del rule["output"]
+        for slot in (rule["weight"], rule["input"], rule.get("output")):
             if slot is not None and not slot["signed_scale"]:
                 del slot["signed_scale"]
             if slot is not None and slot["percentile"] is None:
                 del slot["percentile"]
+    for phase in data["phases"].values():
+        if phase["train"] == "all":
+            del phase["train"]
     return data
 
 

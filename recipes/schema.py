@@ -13,11 +13,12 @@ from typing import Any
 
 @dataclass
 class Slot:
-    """The numbers of one tensor of a layer, its weight or its input; the words are those of `qat.specs.QuantSpec`."""
+    """The numbers of one tensor of a layer, weight, input or output; the words are those of `qat.specs.QuantSpec`."""
 
     # Bits of a code, 1..8.
     bits: int = 8
-    # Numbers that share one scale. Weights: tensor | channel | group; inputs: tensor | token | group, of a token.
+    # Numbers that share one scale. Weights: tensor | channel | group; inputs: tensor | token | group, of a token;
+    # outputs: token | group.
     granularity: str = "channel"
     # Numbers of a row in one group, with granularity=group only; has to divide the inputs of a row.
     group_size: int | None = None
@@ -70,7 +71,7 @@ class Slot:
 
 @dataclass
 class Rule:
-    """Which layers, and what they get. The last rule that matches a layer replaces a slot (weight, input) whole."""
+    """Which layers, and what they get. The last rule that matches replaces a slot (weight, input, output) whole."""
 
     # Names of modules: globs over the whole dotted name ("*mlp*"), or "re:" and a regular expression.
     match: list[str] = field(default_factory=lambda: ["*"])
@@ -78,6 +79,8 @@ class Rule:
     types: list[str] = field(default_factory=list)
     weight: Slot | None = None
     input: Slot | None = None
+    # Of what a layer gives, as k_proj and v_proj what a cache of keys and values keeps; scales of each token.
+    output: Slot | None = None
     # How the gradients' matmuls of Linear run: float | int8, in 8-bit integers with stochastic rounding | int8_dgrad,
     # that for the gradient of the input only. null: as the rule before says, float if none does.
     backward: str | None = None
@@ -97,6 +100,9 @@ class Phase:
     quantize: bool = True
     # Steps in which the quantization fades in from none to full strength.
     ramp: int = 0
+    # What learns. all | scales: the learned scales alone, under codes that stay, as EfficientQAT ends; weights need no
+    # gradient and no optimizer state then. For all phases or none.
+    train: str = "all"
     # Learned scales and running ranges stop moving.
     freeze_scales: bool = False
     # Batch norms use and keep their running statistics, in training too, so that the weights learn under those that are
@@ -116,7 +122,8 @@ class Init:
     """What the weights start from, found on training batches before the first step."""
 
     # none: the weights as they are | gptq: rounded by GPTQ, which makes good for each error with the weights that are
-    # left | gptq_latent: the same codes, from GPTQ's weights as they were before they were rounded
+    # left | gptq_latent: the same codes, from GPTQ's weights as they were before they were rounded | blockwise: weights
+    # and scales of one block after the other, trained until it answers as the float model's does
     method: str = "none"
     # Training batches that are looked at.
     batches: int = 16
@@ -128,6 +135,9 @@ class Init:
     weighted: bool = False
     # GGUF file with llama.cpp's importance matrix of this model, in place of batches; with method=none, weighted=true.
     imatrix: str | None = None
+    # Of blockwise: how often a block sees all batches, and the learning rate, which falls along a cosine.
+    epochs: int = 4
+    lr: float = 1.0e-4
 
     @property
     def looks(self) -> bool:

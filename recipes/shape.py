@@ -14,11 +14,12 @@ from collections.abc import Iterable, Mapping
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from qat.recipes.schema import Recipe
+from qat.recipes.schema import Phase, Recipe, Rule, Slot
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 # Trainers take a number or text here; it is kept as text.
 _NUMBER_OR_TEXT = ("train.devices",)
+_PARTS = ("fold", "init", "batch_norm", "distill", "export", "train")
 _SHOWN = 60
 _LARGEST_NUMBER = 1 << 63
 
@@ -103,3 +104,22 @@ def _dataclass_errors(data: object, kind: Any, path: str) -> list[str]:
         else:
             found.append(f"{join(path, key)}: unknown key{nearest(key, names)}; allowed: {', '.join(names)}")
     return found
+
+
+def class_errors(recipe: Recipe) -> list[tuple[str, str]]:
+    """Mappings where a recipe that was put together by hand needs the classes of the schema."""
+    wanted: list[tuple[str, object, type]] = [
+        *((join("rules", name), rule, Rule) for name, rule in recipe.rules.items()),
+        *((join("phases", name), phase, Phase) for name, phase in recipe.phases.items()),
+        *((key, getattr(recipe, key), type(getattr(Recipe(), key))) for key in _PARTS),
+    ]
+    for name, rule in recipe.rules.items():
+        for key in ("weight", "input", "output"):
+            slot = getattr(rule, key, None)
+            if slot is not None:
+                wanted.append((join(join("rules", name), key), slot, Slot))
+    return [
+        (path, f"a {type(value).__name__} is not a {kind.__name__}; use qat.recipes.from_dict for plain data")
+        for path, value, kind in wanted
+        if not isinstance(value, kind)
+    ]

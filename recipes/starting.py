@@ -5,7 +5,7 @@ from __future__ import annotations
 from qat.recipes.schema import Recipe
 from qat.recipes.shape import join, nearest, show
 
-METHODS = ("none", "gptq", "gptq_latent")
+METHODS = ("none", "gptq", "gptq_latent", "blockwise")
 
 
 def reasons(recipe: Recipe, dynamic: tuple[str, ...]) -> list[str]:
@@ -17,12 +17,20 @@ def reasons(recipe: Recipe, dynamic: tuple[str, ...]) -> list[str]:
         found.append(f"init.method: {show(init.method)} is not allowed{near}; allowed: {', '.join(METHODS)}")
     if init.batches < 1:
         found.append(f"init.batches: {show(init.batches)} is not allowed; allowed: 1 or more")
+    if init.epochs < 1:
+        found.append(f"init.epochs: {show(init.epochs)} is not allowed; allowed: 1 or more")
+    if init.lr <= 0:
+        found.append(f"init.lr: {show(init.lr)} is not allowed; allowed: more than 0")
     if init.damp < 0:
         found.append(f"init.damp: {show(init.damp)} is not allowed; allowed: 0 or more")
     if init.imatrix is not None and not (init.method == "none" and init.weighted):
         found.append(
             f"init.imatrix: {show(init.imatrix)} is not allowed with method={init.method}, weighted="
             f"{show(init.weighted)}; allowed: null, or method=none with weighted=true"
+        )
+    if init.weighted and init.method == "blockwise":
+        found.append(
+            "init.weighted: true is not allowed with method=blockwise, which searches no scales; allowed: false"
         )
     if recipe.train.offload:
         found += _offload(recipe)
@@ -34,7 +42,7 @@ def reasons(recipe: Recipe, dynamic: tuple[str, ...]) -> list[str]:
         # embeddings have no inputs to make good for
         if rule.weight is None or (rule.types and set(rule.types) <= {"Embedding"}):
             continue
-        if rule.weight.quantizer in dynamic:
+        if rule.weight.quantizer in dynamic and init.method != "blockwise":
             found.append(
                 f"{said} is not allowed with {slot}.quantizer={rule.weight.quantizer}, whose scales follow the weights"
                 f"; allowed: {none}, or quantizer=mse or lsq"

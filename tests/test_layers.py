@@ -21,6 +21,7 @@ LAYERS = {
     "qtensor": 1,
     "quantizers": 2,
     "recipes": 2,
+    "adapters": 3,
     "allocate": 3,
     "batch_norm": 3,
     "bypass": 3,

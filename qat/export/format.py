@@ -71,7 +71,7 @@ class TensorStream:
 
     def _floats(self) -> list[Entry]:
         tied = declared_ties(self.bundle.module)
-        live = self.bundle.module.state_dict(keep_vars=True)
+        live = self.bundle.parameters
         return [
             Entry(name, tuple(live[name].shape), live[name].dtype, None)
             for name in self.bundle.floats
@@ -130,7 +130,8 @@ class Format(ABC):
         plan = source if isinstance(source, Plan) else source.plan
         found: dict[str, list[str]] = {}
         for row in plan.rows:
-            for why in self.row_reasons(row):
+            lost = [] if row.output is None else [f"output {row.output}: {self.name} holds no grid of an output"]
+            for why in [*lost, *self.row_reasons(row)]:
                 found.setdefault(why, []).append(row.name or "the model")
         reasons = [f"{_names(names)}: {why}" for why, names in found.items()]
         if isinstance(source, Bundle):

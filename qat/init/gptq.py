@@ -29,7 +29,7 @@ from qat.ops import ConvOp, LinearOp
 from qat.qtensor import Fields
 from qat.specs import QuantSpec
 from qat.state import QATState, require_state
-from qat.steps import apply_schedule, qat_layers, scales_fit, search_scales, weights_changed
+from qat.steps import apply_schedule, latents, qat_layers, scales_fit, search_scales, weights_changed
 
 # Of the grid's range: how far inside its ends latents stay that GPTQ drove beyond them. At most 0.004 of a step, which
 # changes no code; more than fp32 loses in w / s, so that the clamp leaves them as they are.
@@ -141,6 +141,11 @@ def _sorted_out(layers: dict[str, QATLayer]) -> tuple[list[Shared], dict[str, st
             raise QATError(
                 f"the scales of {name} follow its weight (quantizer={quantizer.name!r}), which would change the codes "
                 "that GPTQ chose; use quantizer mse or lsq in its rule"
+            )
+        if layer._qat.reparams and not torch.equal(latents(layer, "weight"), weight.detach().float()):  # type: ignore[operator]
+            raise QATError(
+                f"the adapter of {name} is not zero any more, and GPTQ writes the weight below it; call gptq before "
+                "the adapter is trained (with init_lora_weights=True)"
             )
         if not stays(weight):  # type: ignore[arg-type]
             raise QATError(f"{name}.weight is sharded or has no storage; call gptq on the whole model, before sharding")

@@ -41,6 +41,9 @@ Context = tuple[tuple[bool, torch.dtype], ...]
 _DEVICES = ("cpu", "cuda")
 
 
+_BLOCK = "block"
+
+
 class _EnoughError(BaseException):
     """What was wanted of this forward is known. No Exception, so that no model catches it."""
 
@@ -64,28 +67,20 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 def walk(model: nn.Module, batches: Sequence[Any], forward: Forward, weights: list[Shared]) -> Iterator[list[Shared]]:
     """Groups of `weights` in the order in which they run, with the moments of their inputs. Those that never run are
     left out."""
-    survey = _Survey(model, weights)
-    survey.run([partial(forward, model, batch) for batch in batches])
-    calls: list[Call] = []
-    known: nn.Module | None = None
+    runs = [partial(forward, model, batch) for batch in batches]
+    survey = Survey(model, weights)
+    survey.run(runs)
+    stream = Stream(survey, runs)
     for block, groups in survey.stages():
-        link = survey.links.get(block) if block is not None else None
-        if block is not None and (link is None or link[0] is not known):
-            calls = []
-            for batch in batches:
-                calls += _caught(block, partial(forward, model, batch))
-        elif link is not None and known is not None:
-            for i, call in enumerate(calls):
-                calls[i] = _follow(link[1], call, _alone(known, survey.contexts[known], call)())
+        stream.enter(block)
         for group in groups:
             if block is None:
-                _collect(group, (partial(forward, model, batch) for batch in batches), survey.times)
+                _collect(group, runs, survey.times)
             else:
-                _collect(group, map(partial(_alone, block, survey.contexts[block]), calls), survey.times)
+                _collect(group, map(partial(stream.alone, block), stream.calls), survey.times)
             yield group
             for shared in group:
                 shared.moments = Moments()
-        known = block
 
 
 def _collect(group: list[Shared], runs: Iterable[Callable[[], Any]], times: Counter[Any]) -> None:
@@ -119,7 +114,7 @@ def _caught(block: nn.Module, run: Callable[[], Any]) -> list[Call]:
     return found
 
 
-def _alone(block: nn.Module, context: Context, call: Call) -> Callable[[], Any]:
+def alone(block: nn.Module, context: Context, call: Call) -> Callable[[], Any]:
     """The call of the block under the autocast in which it ran, with tensors of its own that it may change in place."""
 
     def own(value: Any) -> Any:
@@ -159,7 +154,33 @@ def _hooked(handles: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
-class _Survey:
+class Stream:
+    """With which arguments the batches call a block, for blocks in the order in which they run."""
+
+    def __init__(self, survey: Survey, runs: Sequence[Callable[[], Any]]) -> None:
+        self.survey, self.runs = survey, runs
+        self.calls: list[Call] = []
+        self._known: nn.Module | None = None
+
+    def enter(self, block: nn.Module | None, outputs: Sequence[Any] | None = None) -> None:
+        """Go on to the next block, or to no block, through the one before as it is now or by what it gave."""
+        link = self.survey.links.get(block) if block is not None else None
+        if block is not None and (link is None or link[0] is not self._known):
+            self.calls = []
+            for run in self.runs:
+                self.calls += _caught(block, run)
+        elif link is not None and self._known is not None:
+            for i, call in enumerate(self.calls):
+                output = self.alone(self._known, call)() if outputs is None else outputs[i]
+                self.calls[i] = _follow(link[1], call, output)
+        self._known = block
+
+    def alone(self, block: nn.Module, call: Call) -> Callable[[], Any]:
+        """`alone` under the autocast of the survey."""
+        return alone(block, self.survey.contexts[block], call)
+
+
+class Survey:
     """times      how often a layer or a block runs in one forward, at most
     contexts   block -> the autocast in which it runs
     links      block -> (the block before it, where its arguments come from), if that held in all forwards
@@ -170,7 +191,7 @@ class _Survey:
         self.owner = {layer: shared for shared in weights for layer in shared.layers}
         self.block_of = dict(_blocks(model))
         self.blocks = {block for layer, block in self.block_of.items() if layer in self.owner}
-        self.times: Counter[nn.Module] = Counter()
+        self.times: Counter[Any] = Counter()
         self.contexts: dict[nn.Module, Context] = {}
         self.links: dict[nn.Module, tuple[nn.Module, Link]] = {}
         # each weight when it first runs, and whether it reads what the one before it read
@@ -178,7 +199,7 @@ class _Survey:
         self.whole: set[nn.Module] = set()
         self._unlinked: set[nn.Module] = set()
 
-    def run(self, forwards: list[Callable[[], Any]]) -> None:
+    def run(self, forwards: Sequence[Callable[[], Any]]) -> None:
         handles: list[Any] = []
         for layer in self.owner:
             handles.append(layer.register_forward_pre_hook(self._layer_runs, with_kwargs=True))
@@ -187,7 +208,7 @@ class _Survey:
             handles.append(block.register_forward_hook(self._block_ran, with_kwargs=True))
         with _hooked(handles):
             for forward in forwards:
-                self._calls: Counter[nn.Module] = Counter()
+                self._calls: Counter[Any] = Counter()
                 self._read: tuple[Tensor, Any] | None = None
                 self._reader: Shared | None = None
                 self._before: tuple[nn.Module, Call, Any] | None = None
@@ -205,7 +226,7 @@ class _Survey:
         for shared, joins in self.order.items():
             inside = {self.block_of.get(layer) for layer in shared.layers}
             block = inside.pop() if len(inside) == 1 else None
-            if block is not None and (self.times[block] != 1 or block in self.whole):
+            if block is not None and (self.times[_BLOCK, block] != 1 or block in self.whole):
                 block = None
             if not found or found[-1][0] is not block:
                 found.append((block, [[shared]]))
@@ -227,7 +248,8 @@ class _Survey:
         self._read, self._reader = now, shared
 
     def _block_runs(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._calls[block] += 1
+        # apart from its calls as a layer, which a block may be too
+        self._calls[_BLOCK, block] += 1
         # a block is not run alone where it could change something (a cache of keys) or where its autocast varies
         same = self.contexts.setdefault(block, _context()) == _context()
         if not same or not all(map(_is_plain, (*args, *kwargs.values()))):

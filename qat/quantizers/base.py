@@ -29,6 +29,7 @@ from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.grids import FloatGrid, Gradients
 from qat.layout import Layout
 from qat.qtensor import Fields, QTensor
+from qat.quantizers._gradients import Fixed, Ruled
 from qat.scales import TwoLevel
 from qat.specs import QuantSpec
 
@@ -78,6 +79,8 @@ class Quantizer(nn.Module):
         self.live_spec = spec
         # scales stop learning and ranges stop moving
         self.frozen = False
+        # codes stay those of the fields that were stored, and the scale alone moves (EfficientQAT's E2E-QP)
+        self.codes_fixed = False
         # the last state dict that was loaded had nothing for this quantizer
         self.absent = False
         self.build()
@@ -95,6 +98,10 @@ class Quantizer(nn.Module):
     def qparams(self, w_RK: Tensor) -> Fields:
         """Stored fields for fp32 rows [R, K] (or [T, I]); a subclass writes this."""
         raise TypeError(f"{type(self).__name__} has no qparams")
+
+    def start_fields(self) -> Fields:
+        """`qparams` where learned scales started: under these `codes_fixed` keeps the codes of a weight."""
+        raise TypeError(f"{type(self).__name__} learns no scale, so its codes need not be fixed")
 
     def fused(self, w_RK: Tensor, spec: QuantSpec, form: str) -> tuple[Tensor, Fields] | None:
         """Codes (in a form of `fake_quant_kernels.pack`) and fields of a dynamic scale in one pass over the data, the
@@ -189,6 +196,9 @@ class Quantizer(nn.Module):
         scale, minimum = grid.stored(wanted.scale, wanted.minimum)
         return Fields(scale, None, minimum)
 
+    def _held(self) -> Fields:
+        return self.stored(self.start_fields())
+
     @final  # type: ignore[misc]
     def forward(self, w: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """Fake-quantized `w`: same shape, `out_dtype` (default: dtype of w). Non-finite elements stay non-finite
@@ -197,10 +207,13 @@ class Quantizer(nn.Module):
         with torch.autocast(device_type=w.device.type, enabled=False):
             rows = layout.to_rows(w).float()
             fields, spec = self.stored(self.qparams(rows)), self.live_spec
-            if type(self).vjp is Quantizer.vjp:
+            if self.codes_fixed:
+                codes = spec.grid.encode(rows.detach(), *self._held())
+                fake = Fixed.apply(codes, spec, *fields)  # type: ignore[no-untyped-call]
+            elif type(self).vjp is Quantizer.vjp:
                 fake = spec.grid.fake_quantize(rows, *fields, self.identity_gradient)
             else:
-                fake = _Ruled.apply(rows, *fields, spec, self)  # type: ignore[no-untyped-call]
+                fake = Ruled.apply(rows, *fields, spec, self)  # type: ignore[no-untyped-call]
             return layout.from_rows(fake).to(out_dtype or w.dtype)
 
     @final
@@ -229,6 +242,11 @@ class Quantizer(nn.Module):
             if found is not None:
                 return found
         assert fields is not None
+        if self.codes_fixed:
+            held = self._held()
+            codes, scale = spec.grid.encode_poisoning(w_RK, *held, form == HALVES)
+            # NaN where the weight is; the difference is zero otherwise
+            return codes, fields._replace(scale=fields.scale + (scale - held.scale))
         if form == ROWS:
             grid = spec.int_grid
             codes, scale = rowwise4.encode(w_RK, fields.scale, grid.qmin, grid.qmax)
@@ -252,7 +270,7 @@ class Quantizer(nn.Module):
             if isinstance(spec.scale_grid, TwoLevel):
                 parts = spec.scale_grid.encode(scale, minimum)
                 scale, minimum = spec.scale_grid.decode(parts)
-            codes = spec.grid.encode(rows, scale, zero, minimum)
+            codes = spec.grid.encode(rows, *(self._held() if self.codes_fixed else (scale, zero, minimum)))
             stored = spec.scale_grid.dtype
             return QTensor(
                 codes=codes,
@@ -277,30 +295,6 @@ class Quantizer(nn.Module):
         missing: list[str] = []
         args = (*args[:2], missing if self.absent else args[2], *args[3:])
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class _Ruled(torch.autograd.Function):
-    """Fake quantization with the gradient rule of a quantizer."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        w_RK: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
-        minimum: Tensor | None,
-        spec: QuantSpec,
-        quantizer: Quantizer,
-    ) -> Tensor:
-        ctx.save_for_backward(w_RK, scale, zero, minimum)
-        ctx.how = spec, quantizer
-        return spec.grid.fake_quantize(w_RK, scale, zero, minimum)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (w, *fields), (spec, quantizer) = ctx.saved_tensors, ctx.how
-        return *quantizer.vjp(spec, grads[0], w, Fields(*fields), ctx.needs_input_grad[:4]), None, None
 
 
 def _grouping(w_RK: Tensor, spec: QuantSpec) -> tuple[Tensor, int]:

@@ -149,10 +149,13 @@ class Stored(Quantizer):
                 zero = live.qmin + torch.round((zero - own.qmin) * (live.steps / own.steps))
         return Fields(scale, zero, minimum)
 
+    def start_fields(self) -> Fields:
+        scale, zero, minimum = self.start()
+        return Fields(self.spec.scale_grid.project(scale, self.spec.signed_scale), zero, minimum)
+
 
 class Mse(Stored):
     name = "mse"
 
     def qparams(self, w_RK: Tensor) -> Fields:
-        scale, zero, minimum = self.start()
-        return Fields(self.spec.scale_grid.project(scale, self.spec.signed_scale), zero, minimum)
+        return self.start_fields()

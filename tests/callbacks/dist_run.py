@@ -106,19 +106,19 @@ def done(case: str, **found: Any) -> None:
     dist.barrier()
 
 
-def saved_equals_trained(module: Lit, path: Path) -> int:
+def saved_equals_trained(module: Lit, path: Path, alone: Lit | None = None) -> int:
     """The gathered integers are those that one process makes from the checkpoint."""
     bundle = qat.convert(module)
     gathered = {name: bundle[name] for name in bundle}
     floats = {name: bundle.floats[name] for name in bundle.floats}
     if dist.get_rank() == 0:
-        alone = qat.convert(qat.load_from_checkpoint(path, Lit()))
-        assert gathered.keys() == set(alone)
-        for name, q in alone.items():
+        mine = qat.convert(qat.load_from_checkpoint(path, alone or Lit()))
+        assert gathered.keys() == set(mine)
+        for name, q in mine.items():
             assert torch.equal(q.codes, gathered[name].codes), name
             assert torch.equal(q.scale, gathered[name].scale), name
-        assert floats.keys() == set(alone.floats)
-        assert all(torch.equal(value, floats[name]) for name, value in alone.floats.items())
+        assert floats.keys() == set(mine.floats)
+        assert all(torch.equal(value, floats[name]) for name, value in mine.floats.items())
     dist.barrier()
     return len(gathered)
 
@@ -129,6 +129,28 @@ def ddp() -> None:
     same_on_all_ranks(module)
     t.save_checkpoint(FOLDER / "ddp.ckpt")
     done("ddp", losses=mean_losses(module), tensors=saved_equals_trained(module, FOLDER / "ddp.ckpt"))
+
+
+def adapted(module: Any) -> Any:
+    """With an adapter of peft on both layers, which alone is trained."""
+    import peft
+
+    torch.manual_seed(0)
+    module.net = peft.get_peft_model(module.net, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["a", "b"]))
+    return module
+
+
+def lora() -> None:
+    losses = []
+    for kind, strategy in ((Halves, "ddp"), (Sharded, parallel(whole_file=True))):
+        module = adapted(kind())
+        t = fit(module, strategy)
+        same_on_all_ranks(module)
+        t.save_checkpoint(FOLDER / "lora.ckpt")
+        assert saved_equals_trained(module, FOLDER / "lora.ckpt", adapted(Lit())) == 2
+        assert all(float(full(p).abs().sum()) > 0 for name, p in module.named_parameters() if "lora_B" in name)
+        losses.append(mean_losses(module))
+    done("lora", losses=losses)
 
 
 def parallel(whole_file: bool) -> ModelParallelStrategy:
@@ -267,7 +289,7 @@ def fsdp2_codes() -> None:
 
 for case in CASES:
     run = {"ddp": ddp, "fsdp2": fsdp2, "fsdp2_resume": fsdp2_resume, "fsdp2_inside": fsdp2_inside}
-    (run | {"fsdp2_codes": fsdp2_codes, "init": init, "fold": fold})[case]()
+    (run | {"fsdp2_codes": fsdp2_codes, "init": init, "fold": fold, "lora": lora})[case]()
 
 # All is written. Leave without the interpreter's shutdown, in which gloo's threads may still be running: on a busy
 # machine that ended a finished rank with "terminate called without an active exception".

@@ -1,5 +1,6 @@
 """Two CPU processes over gloo: one launch for all cases, because starting two interpreters is what takes time."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,7 +16,8 @@ from torch import Tensor
 from qat.callbacks import QATCallback
 
 TRAINED = ("ddp", "fsdp2", "fsdp2_resume", "fsdp2_inside")
-CASES = (*TRAINED, "init", "fold", "fsdp2_codes")
+PEFT = importlib.util.find_spec("peft") is not None
+CASES = (*TRAINED, "init", "fold", "fsdp2_codes", *(["lora"] if PEFT else []))
 ROOT = Path(__file__).parents[2]
 EMA_INPUT = {"bits": 8, "granularity": "tensor", "quantizer": "ema", "zero_point": "int"}
 pytestmark = pytest.mark.slow
@@ -64,6 +66,13 @@ def test_two_processes_train_as_one(found: dict[str, Any], alone: list[float], c
 @pytest.mark.parametrize("case", ["ddp", "fsdp2"])
 def test_gathered_integers(found: dict[str, Any], case: str) -> None:
     assert found[case]["tensors"] == 2
+
+
+@pytest.mark.skipif(not PEFT, reason="peft is not installed")
+def test_adapters_train_alike_replicated_and_sharded(found: dict[str, Any]) -> None:
+    """What a checkpoint of either gives equals what the ranks gathered: the run itself asserts it."""
+    replicated, sharded = found["lora"]["losses"]
+    torch.testing.assert_close(torch.tensor(replicated), torch.tensor(sharded), rtol=2e-3, atol=2e-3)
 
 
 def test_sharded_before_prepared_is_refused_in_words(found: dict[str, Any]) -> None:

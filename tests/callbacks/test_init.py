@@ -103,7 +103,7 @@ def test_random_numbers_and_figures_go_on_as_without(tmp_path: Path) -> None:
     assert noise(INIT) == noise({}) and len(noise({})) == 4
 
 
-@pytest.mark.parametrize("method", ["none", "gptq"])
+@pytest.mark.parametrize("method", ["none", "gptq", "blockwise"])
 def test_no_training(tmp_path: Path, method: str) -> None:
     """phases.qat.steps=0: `init` and the export, no step."""
     module = Language()
@@ -117,6 +117,29 @@ def test_no_training(tmp_path: Path, method: str) -> None:
     same = [torch.equal(p, before[name]) for name, p in module.named_parameters() if name in before]
     assert all(same) == (method == "none")
     qat.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("train", ["all", "scales"])
+def test_a_run_goes_on_from_blocks(tmp_path: Path, train: str) -> None:
+    """EfficientQAT in one recipe: blocks first, then the whole model, or its scales alone."""
+    module = Language()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    words = {"method": "blockwise", "batches": 2, "epochs": 4, "lr": 1e-4}
+    phases = {"qat": {"steps": -1, "train": train}}
+    seen: dict[str, Tensor] = {}
+    start = started(seen)
+    t = trainer(
+        tmp_path,
+        QATCallback(recipe({"bits": 2}, init=words, phases=phases)),
+        start,
+        max_steps=3,
+        precision="bf16-mixed",
+    )
+    t.fit(module, tokens(16))
+    weight = "model.model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(seen[weight], before[weight])
+    assert torch.equal(module.get_parameter(weight), seen[weight]) == (train == "scales")
+    assert float(module.get_submodule(weight.removesuffix(".weight")).weight_quantizer.theta.abs().sum()) > 0
 
 
 def test_a_resumed_run_starts_from_its_checkpoint(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ RIGHT: dict[str, Any] = {
 }
 W = "rules.linears.weight"
 I = "rules.linears.input"  # noqa: E741
+O = "rules.linears.output"  # noqa: E741
 
 # (what is set, the start of the message, a part of its rest)
 WRONG: list[tuple[dict[str, Any], str, str]] = [
@@ -133,6 +134,9 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"distill": {"hidden": -1.0}}, "distill.hidden: -1.0 is not allowed", "0 or more"),
     ({"distill": {"hidden": 1.0}}, "distill.hidden: 1.0 does nothing with enabled=false", "allowed: 0"),
     ({"init": {"method": "gptq2"}}, 'init.method: "gptq2" is not allowed', "none, gptq, gptq_latent"),
+    ({"init": {"epochs": 0}}, "init.epochs: 0 is not allowed", "1 or more"),
+    ({"init": {"lr": 0}}, "init.lr: 0.0 is not allowed", "more than 0"),
+    ({"init": {"method": "blockwise"}}, "init.method: blockwise is not allowed with a first phase (wait)", "none"),
     ({"init": {"batches": 0}}, "init.batches: 0 is not allowed", "1 or more"),
     ({"init": {"weighted": True}, f"{W}.quantizer": "absmax"}, "init.weighted: true is not allowed with", "mse or lsq"),
     ({"init": {"weighted": True}}, "init.weighted: true is not allowed with a first phase (wait) in float", "false"),
@@ -198,6 +202,37 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({f"{W}.quantizer": "lsq_plus"}, f'{W}.zero_point: "none" is not allowed with quantizer=lsq_plus', "int, float"),
     ({"phases.wait": {"steps": 4, "ramp": 5}}, "phases.wait.ramp: 5 is longer than the phase", "allowed: 0..4"),
     ({"phases.qat.quantize": False}, "phases: none of them quantizes", "quantize: true"),
+    ({f"{O}": {"granularity": "tensor"}}, f'{O}.granularity: "tensor" is not allowed', "allowed: token, group"),
+    ({f"{O}": {"granularity": "token", "quantizer": "ema"}}, f'{O}.quantizer: "ema" is not', "allowed: absmax, minmax"),
+    ({f"{O}": {"granularity": "token", "zero_point": "int"}}, f'{O}.zero_point: "int" is not', "allowed: none"),
+    (
+        {"rules.head.output": {"granularity": "token"}},
+        "rules.head.keep_float: true is not allowed",
+        "rules.head.output",
+    ),
+    ({"phases.qat.train": "scale"}, 'phases.qat.train: "scale" is not allowed', "allowed: all, scales"),
+    ({"phases.qat.train": "scales"}, 'phases.qat.train: "scales" is not allowed', "allowed: all, or scales in every"),
+    ({"phases.wait.train": "scales"}, 'phases.wait.train: "scales" is not allowed', "beside phases that train weights"),
+    (
+        {"phases": {"wait": None, "qat": {"train": "scales", "freeze_scales": True}}},
+        'phases.qat.train: "scales" is not allowed',
+        "with freeze_scales=true",
+    ),
+    (
+        {"phases": {"a": {"train": "scales", "steps": 1, "quantize": False}, "qat": {"train": "scales"}}},
+        'phases.a.train: "scales" is not allowed',
+        "with quantize=false",
+    ),
+    (
+        {"phases": {"wait": None, "qat": {"train": "scales", "bits": {"linears": 3}}}},
+        'phases.qat.train: "scales" is not allowed',
+        'with bits={"linears": 3}',
+    ),
+    (
+        {"phases": {"wait": None, "qat": {"train": "scales"}}, f"{W}.quantizer": "mse"},
+        'phases.qat.train: "scales" is not allowed',
+        "where no weight has a learned scale",
+    ),
     ({"phases.qat.bits": {"linear": 8}}, "phases.qat.bits.linear: there is no such rule", 'did you mean "linears"?'),
     ({"phases.qat.bits": {"head": 8}}, "phases.qat.bits.head: the rule has no weight", "allowed: linears"),
     ({"phases.qat.bits": {"linears": 12}}, "phases.qat.bits.linears: 12 is not allowed", "allowed: 1..8"),
@@ -242,6 +277,9 @@ RIGHT_TOO: list[dict[str, Any]] = [
     {"phases.qat.bits": {"linears": 8}},
     {"rules.head": None},
     {"phases.wait.steps": 0},
+    {"rules.cache": {"match": ["*k_proj"], "output": {"bits": 4, "granularity": "group", "group_size": 16}}},
+    {"init": {"method": "blockwise"}, "phases.wait.steps": 0, f"{W}.quantizer": "absmax"},
+    {"phases": {"wait": {"train": "scales", "quantize": True, "steps": 9}, "qat": {"train": "scales"}}},
     {"train": {"devices": 4, "lr": 1}},
     {"export": {"targets": ["gguf", "compressed-tensors"]}},
 ]

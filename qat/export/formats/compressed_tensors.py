@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.convert import Bundle
 from qat.errors import ExportError
@@ -233,13 +233,11 @@ def _mixed_reasons(bundle: Bundle) -> list[str]:
     The parameter of a quantized layer may differ if its weight in the forward did not (fp32 masters of a bf16 model).
     """
     model = hf_folder.model_dtype(bundle.module)
-    live = bundle.module.state_dict(keep_vars=True)
+    live = bundle.parameters
     dtypes = {name: live[name].dtype for name in bundle.floats if live[name].is_floating_point()}
     first = next(((name, dtype) for name, dtype in dtypes.items() if dtype == model), None)
     for name in bundle:
-        owner, key = name.rpartition(".")[::2]
-        dtype = bundle.module.get_submodule(owner)._parameters[key].dtype  # type: ignore[union-attr]
-        dtypes[name] = model if bundle.dtypes(name)[1] == model else dtype
+        dtypes[name] = model if bundle.dtypes(name)[1] == model else live[name].dtype
         first = first or (name, model)
     odd = next(((name, dtype) for name, dtype in dtypes.items() if dtype != model), None)
     if odd is None or first is None:
@@ -307,7 +305,6 @@ def _quantization_config(stream: TensorStream) -> dict[str, Any]:
     for name, spec in names:
         members.setdefault(_scheme(spec, stream.inputs.get(_layer(name))), []).append(_layer(name))
     quantized = {layer for layers in members.values() for layer in layers}
-    linears = [name for name, module in bundle.module.named_modules() if isinstance(module, nn.Linear)]
     groups = {
         f"group_{number}": {**json.loads(scheme), "targets": ["Linear"] if len(members) == 1 else sorted(layers)}
         for number, (scheme, layers) in enumerate(members.items())
@@ -318,7 +315,7 @@ def _quantization_config(stream: TensorStream) -> dict[str, Any]:
         "format": containers.pop() if len(containers) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [name for name in linears if name not in quantized],
+        "ignore": [name for name in bundle.linears if name not in quantized],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
