@@ -81,6 +81,7 @@ TRIALS: dict[str, Method] = {
     "scale rate 0.1": replace(QAT, scale_rate=0.1),
     "scale rate 3": replace(QAT, scale_rate=3.0),
     "scales frozen in the second half": replace(QAT, recipe=_HALF_FROZEN),
+    "scales alone": replace(QAT, recipe={"phases": {"qat": {"train": "scales"}}}),
     "cross entropy": replace(QAT, loss="ce", hidden=0.0),
     "QuEST": QAT.varied({"W4": {}, "W3": {}}, quantizer="quest", init="search"),
     "EWGS": QAT.varied(quantizer="ewgs"),
