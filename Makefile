@@ -52,15 +52,24 @@ help:
 
 setup: $(STAMP)
 
-# Torch first and alone: later packages then keep the build that was chosen instead of replacing it.
+# Torch first and alone: later packages then keep the build that was chosen, and what came with it (a CUDA build wants a
+# triton of its own), instead of replacing it.
+define PINS
+import sys
+from importlib.metadata import distributions
+pins = dict(line.strip().lower().replace("_", "-").split("==") for line in open(sys.argv[1]) if "==" in line)
+came = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in distributions()}
+pins |= {name: version for name, version in came.items() if name in pins or name == "torch"}
+print("\n".join(f"{name}=={version}" for name, version in pins.items()))
+endef
+export PINS
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make setup PYTHON=python3.x")'
 	if ! $(BIN)/python -c 'import sys, pip; sys.exit(sys.prefix != "$(CURDIR)/$(VENV)")' 2>/dev/null; \
 		then rm -rf $(VENV); $(PYTHON) -m venv $(VENV); fi
 	rm -f $(STAMP)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	grep -v '^torch==' $(or $(CONSTRAINTS),/dev/null) >$(VENV)/constraints.txt || true
-	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>$(VENV)/constraints.txt
+	$(BIN)/python -c "$$PINS" $(or $(CONSTRAINTS),/dev/null) >$(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[$(EXTRAS)]'
 	echo '$(TORCH)' >$(VENV)/setup.torch
 	echo '$(KEY)' >$(STAMP)
