@@ -151,15 +151,24 @@ def quality_block(results: Path) -> str:
     means = [row for row in rows if "seed" not in row]
     families = list(dict.fromkeys(row["case"].rpartition(" ")[0] for row in means))
     shown = "\n\n".join(
-        family_table(family, [row for row in means if row["case"].rpartition(" ")[0] == family]) for family in families
+        family_table(family, metric, of_case)
+        for family in families
+        for of_case in [[row for row in means if row["case"].rpartition(" ")[0] == family]]
+        for metric in shown_metrics(of_case)
     )
     measured = ", ".join(f"{name} {value}" for name, value in environment.items() if not isinstance(value, dict | list))
     return f"{shown}\n\nMeasured by `{QUALITY_COMMAND}` with {measured}."
 
 
-def family_table(family: str, means: list[Row]) -> str:
-    """A case's first metric by tool and width, mean and spread over seeds, and our ratios to others."""
-    metric, better = means[0]["metric"], means[0]["better"]
+def shown_metrics(means: list[Row]) -> list[str]:
+    """A case's first metric, and those of which more is better."""
+    higher = [row["metric"] for row in means if row["better"] == "higher" and SPREAD not in row["metric"]]
+    return list(dict.fromkeys([means[0]["metric"], *higher]))
+
+
+def family_table(family: str, metric: str, means: list[Row]) -> str:
+    """A metric by tool and width, mean and spread over seeds, and our ratios to others of the first one."""
+    better = next(row["better"] for row in means if row["metric"] == metric)
     values = {(row["case"], row["tool"], row["metric"]): row["value"] for row in means}
     cases = list(dict.fromkeys(row["case"] for row in means))
     widths = [case.rpartition(" ")[2] for case in cases]
@@ -171,7 +180,8 @@ def family_table(family: str, means: list[Row]) -> str:
             continue
         cells = ["" if m is None else number(m) + ("" if s is None else f" ± {s:.1g}") for m, s in found]
         lines.append(f"| {tool} | " + " | ".join(cells) + " |")
-    for ratio in dict.fromkeys(row["metric"] for row in means if " / " in row["metric"]):
+    ratios = dict.fromkeys(row["metric"] for row in means if " / " in row["metric"] and SPREAD not in row["metric"])
+    for ratio in ratios if metric == means[0]["metric"] else ():
         at = {case: value for (case, _, which), value in values.items() if which == ratio}
         cells = [f"{at[case]:.2f}" if case in at else "" for case in cases]
         lines.append(f"| *qat: {ratio}* | " + " | ".join(cells) + " |")

@@ -136,6 +136,7 @@ def test_writes_the_fourth_table_on_its_page(tree: Path) -> None:
         row("B1 W2", "qat", "nll_gap", 0.1),
         row("B1 W2", "qat", "kl / GPTQ", 0.515),
         row("B1 W2", "no distance", "nll_gap", 0.1),
+        row("B2 W2A2", "qat", "kl", 0.125),
         {**row("B2 W2A2", "qat", "accuracy", 91.0), "better": "higher"},
     ]
     (tree / "quality.json").write_text(json.dumps({"environment": {"threads": 1}, "rows": rows}))
@@ -144,7 +145,7 @@ def test_writes_the_fourth_table_on_its_page(tree: Path) -> None:
     assert "| B1: KL to the float model ↓ | W4 | W2 |" in page and "old 6" not in page
     assert "| GPTQ | 0.5 ± 0.01 |  |" in page and "| qat |  | 0.25 |" in page and "no distance" not in page
     assert "| *qat: kl / GPTQ* |  | 0.52 |" in page or "| *qat: kl / GPTQ* |  | 0.51 |" in page
-    assert "| B2: accuracy ↑ | W2A2 |" in page and "| qat | 91 |" in page
+    assert "| B2: accuracy ↑ | W2A2 |" in page and "| qat | 91 |" in page and "| qat | 0.125 |" in page
     assert generator.main(["--check"]) == 0
 
 
