@@ -161,6 +161,11 @@ def refuse_unseen(trainer: Trainer, pl_module: LightningModule, recipe: Recipe, 
         )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     averages = next((type(c).__name__ for c in callbacks for name in averaging if is_a(c, name)), None)
+    if averages and any(phase.freeze_oscillating for phase in recipe.phases.values()):
+        raise QATError(
+            f"freeze_oscillating holds weights on their codes, and what {averages} averages lies between codes; set it "
+            "to 0, or leave that callback out"
+        )
     if count and averages:
         raise QATError(
             f"batch_norm.reestimate={count} finds statistics for the weights that are trained, not for those that "

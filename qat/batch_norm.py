@@ -63,7 +63,10 @@ def hold_batch_norm(model: nn.Module, hold: bool) -> None:
     """Swap the classes of all batch norms in place, or back; names, parameters and statistics stay."""
     for norm in batch_norms(model):
         if hold != is_held(norm):
-            # a class that sharding put on top of the held one cannot be taken apart
+            if not hold and type(norm).__mro__[1] is not HeldBatchNorm:
+                raise QATError(
+                    "a batch norm that a phase holds was sharded by itself; shard it with its parent instead"
+                )
             norm.__class__ = _held_class(type(norm)) if hold else type(norm).__mro__[2]
 
 
@@ -71,8 +74,8 @@ def hold_batch_norm(model: nn.Module, hold: bool) -> None:
 def reestimate_batch_norm(
     model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> int:
-    """Means over `batches` of each batch's mean and (unbiased) variance become the running statistics; returns how many
-    norms there are. Held norms keep theirs: the weights were trained under them.
+    """Means over `batches` of each batch's mean and (unbiased) variance become the running statistics of the norms that
+    run on them; returns how many norms there are. Held norms keep theirs: the weights were trained under them.
 
     The rest of the model computes as in eval mode, so dropout is off and observed ranges stay. Modes, momenta and the
     counts of batches are then as before. Across processes the statistics are averaged; every rank has to call it.
@@ -108,9 +111,10 @@ def reestimate_batch_norm(
         for module, mode in modes.items():
             module.training = mode
         for norm, (momentum, count, mean, var) in zip(norms, kept, strict=True):
-            fresh = norm.running_mean, norm.running_var
+            fresh, ran = (norm.running_mean, norm.running_var), bool(norm.num_batches_tracked)
             norm.momentum, norm.num_batches_tracked, norm.running_mean, norm.running_var = momentum, count, mean, var
-            if whole:
+            # one that did not run on these batches keeps what it has
+            if whole and ran:
                 mean.copy_(fresh[0])  # type: ignore[union-attr, arg-type]
                 var.copy_(fresh[1])  # type: ignore[union-attr, arg-type]
     return len(norms)
@@ -121,12 +125,15 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _average(norms: list[_BatchNorm]) -> None:
-    """Over the processes."""
+    """Over the processes, each by how many batches its norm saw."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    found = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
-    joint = torch.cat([t.double() for t in found])
-    torch.distributed.all_reduce(joint)
-    joint /= torch.distributed.get_world_size()
-    for t, agreed in zip(found, torch.split(joint, [t.numel() for t in found]), strict=True):
-        t.copy_(agreed)
+    for norm in norms:
+        mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        assert mean is not None and var is not None and count is not None
+        joint = torch.cat([mean.double() * count, var.double() * count, count.double().reshape(1)])
+        torch.distributed.all_reduce(joint)
+        if joint[-1] > 0:
+            mean.copy_(joint[: len(mean)] / joint[-1])
+            var.copy_(joint[len(mean) : -1] / joint[-1])
+        count.copy_(joint[-1])

@@ -18,6 +18,8 @@ Counts are buffers in fixed point, which no cast to another float dtype touches;
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +63,11 @@ class Oscillation(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # of a float model, or of phases that counted nothing: counting begins anew
+        missing: list[str] = args[2] if any(key.startswith(prefix) for key in state_dict) else []
+        super()._load_from_state_dict(state_dict, prefix, args[0], args[1], missing, *args[3:])
+
     @torch.no_grad()
     def step(self, codes: Tensor, threshold: float) -> None:
         """Codes [R, K] after an optimizer step, integers in order; threshold 0: nothing is frozen."""
@@ -102,6 +109,11 @@ def add_counts(quantizer: Quantizer, weight: Tensor) -> None:
         raise QATError(
             f"freeze_oscillating needs codes whose order is that of the numbers, and grid={quantizer.spec.kind} has "
             "none; set it to 0, or use integers or a table of levels"
+        )
+    if not quantizer.keeps_fields:
+        raise QATError(
+            f"freeze_oscillating holds weights on their codes, and scales of quantizer={quantizer.name!r} would follow "
+            "them; set it to 0, or use quantizer mse or lsq"
         )
     if weight.dtype != torch.float32:
         raise QATError(
@@ -153,6 +165,8 @@ def dampening(model: nn.Module, strength: float | None = None) -> Tensor:
             weight = layer._parameters[key]
             if weight is None or id(weight) in seen:
                 continue
+            if not stays(weight):
+                raise QATError("dampen needs whole weights, and these are sharded; set it to 0")
             seen.add(id(weight))
             with inside(), torch.autocast(weight.device.type, enabled=False):
                 rows = quantizer.layout.to_rows(weight).float()

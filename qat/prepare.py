@@ -135,7 +135,14 @@ def _insert(model: nn.Module, state: QATState, found: Plan, search: bool) -> Non
     shared: dict[int, Quantizer] = _existing(model)
     fresh: dict[str, QATLayer] = {}
     wrappers = Adapters(model).of
-    counts = any(phase.get("freeze_oscillating") for phase in state.record.recipe["phases"].values())
+    phases = state.record.recipe["phases"].values()
+    counts = any(phase.get("freeze_oscillating") for phase in phases)
+    word = "freeze_oscillating" if counts else "dampen" if any(phase.get("dampen") for phase in phases) else None
+    adapted = next((row.name for row in found.rows if row.name in wrappers), None)
+    if word and adapted is not None:
+        raise QATError(
+            f"{word} looks at weights, and {adapted} has an adapter, whose sum with it is rounded; set it to 0"
+        )
     for row in found.rows:
         layer = model.get_submodule(row.name)
         if not isinstance(layer, QATLayer):

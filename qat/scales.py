@@ -182,7 +182,8 @@ class _Nested(TwoLevel):
     """parts: absmax uint8 [R, G], nested fp32 [ceil(R * G / 256)], offset fp32 [1]."""
 
     def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
-        offset = scale.mean().reshape(1) if scale.numel() else scale.new_zeros(1)
+        # in double: an fp32 sum would depend on how many threads add it up
+        offset = scale.double().mean().float().reshape(1) if scale.numel() else scale.new_zeros(1)
         offset = offset.nan_to_num(nan=0.0, posinf=_LARGEST).clamp(max=_LARGEST)
         codes, nested = two_level.double_encode(scale.contiguous(), offset, _dynamic_map(scale.device))
         return {"absmax": codes, "nested": nested, "offset": offset}

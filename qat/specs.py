@@ -27,7 +27,8 @@ class QuantSpec:
                            float: w = code * scale + minimum, the minimum stored like a scale
     scale                  how scales are stored (`qat.scales.SCALE_GRIDS`)
     quantizer              the name of a quantizer (`qat.quantizers`)
-    percentile             ranges that are found once or averaged hold this share of the numbers, in %; None: as the
+    percentile             ranges that are found once or averaged hold this share of the numbers, in % (with
+                           a zero point: but for its rest on either side); None: as the
                            quantizer finds them
     """
 

@@ -186,12 +186,18 @@ def mark_folded(model: nn.Module, module: nn.Module, entry: dict[str, Any]) -> N
         state.record.folded = done
 
 
+def same_fold(entry: dict[str, Any], fold: dict[str, Any]) -> bool:
+    """Whether what was done is what a recipe's `fold` asks for."""
+    return all(entry[word] == fold.get(word) for word in ("method", "seed", "alpha") if word in entry)
+
+
 def require_folded(state: QATState) -> None:
     """Raises QATError if the recipe asks for a fold that the weights have not seen."""
-    method = (state.record.recipe.get("fold") or {}).get("method", "none")
-    if method != "none" and not any(entry["method"] == method for entry in state.record.folded):
+    fold = state.record.recipe.get("fold") or {}
+    method = fold.get("method", "none")
+    if method != "none" and not any(same_fold(entry, fold) for entry in state.record.folded):
         raise QATError(
-            f"the recipe has fold.method={method}, and the weights are not folded; call qat.fold.apply(model, recipe"
+            f"the recipe has fold.method={method}, and the weights are not folded so; call qat.fold.apply(model, recipe"
             f"{'' if method == 'rotate' else ', batches'}) before qat.prepare, after the float weights are loaded"
         )
 

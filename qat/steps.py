@@ -127,6 +127,9 @@ def apply_schedule(model: nn.Module, step: int | None = None) -> State:
     if state.schedule is None:
         state.schedule = schedule_of(model)
     now: State = state.schedule.at(state.record.step)
+    if now.freeze_batch_norm:
+        # a norm whose class another library changed since is held again
+        hold_batch_norm(model, True)
     if now == state.applied:
         return now
     rules = {row.name: row.weight_rule for row in state.known_plan().rows}

@@ -286,6 +286,13 @@ def _phases(recipe: Recipe) -> list[str]:
                 found.append(
                     f"{path}.{key}: {show(getattr(phase, key))} is not allowed with quantize=false; allowed: 0"
                 )
+        for key, rule in recipe.rules.items() if phase.freeze_oscillating else ():
+            if rule.weight is not None and rule.weight.quantizer in DYNAMIC_QUANTIZERS:
+                found.append(
+                    f"{path}.freeze_oscillating: {show(phase.freeze_oscillating)} is not allowed with "
+                    f"{join('rules', key)}.weight.quantizer={rule.weight.quantizer}, whose scales would follow the "
+                    "weights that are held; allowed: 0, or quantizer=mse or lsq"
+                )
         found += _phase_bits(phase, path, recipe.rules)
         found += training.reasons(phase, path, recipe)
         kept = [(key, rule.input.quantizer) for key, rule in recipe.rules.items() if rule.input]

@@ -130,8 +130,9 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
             if slot is not None and slot["percentile"] is None:
                 del slot["percentile"]
     for phase in data["phases"].values():
-        if phase["train"] == "all":
-            del phase["train"]
+        for word, usual in (("train", "all"), ("freeze_batch_norm", False), ("freeze_oscillating", 0), ("dampen", 0)):
+            if phase[word] == usual:
+                del phase[word]
     return data
 
 

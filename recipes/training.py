@@ -20,7 +20,13 @@ def reasons(phase: Phase, path: str, recipe: Recipe) -> list[str]:
         return found
     if any(other.train != "scales" for other in recipe.phases.values()):
         found.append(f"{said} beside phases that train weights; allowed: all, or scales in every phase")
-    for key, wrong in (("quantize", not phase.quantize), ("bits", phase.bits), ("freeze_scales", phase.freeze_scales)):
+    for key, wrong in (
+        ("quantize", not phase.quantize),
+        ("bits", phase.bits),
+        ("freeze_scales", phase.freeze_scales),
+        ("freeze_oscillating", phase.freeze_oscillating),
+        ("dampen", phase.dampen),
+    ):
         if wrong:
             found.append(f"{said} with {key}={show(getattr(phase, key))}; allowed: all")
     if all(rule.weight is None or rule.weight.quantizer in _LEARNS_NOTHING for rule in recipe.rules.values()):

@@ -23,7 +23,7 @@ from qat.fold.scaling import awq, smooth
 from qat.init.walk import Forward
 from qat.recipes import as_recipe
 from qat.recipes.schema import Recipe
-from qat.state import folded
+from qat.state import folded, same_fold
 
 __all__ = ["apply", "awq", "folded", "is_folded", "restructure", "rotate", "smooth"]
 
@@ -31,7 +31,7 @@ __all__ = ["apply", "awq", "folded", "is_folded", "restructure", "rotate", "smoo
 def is_folded(model: nn.Module, recipe: Recipe) -> bool:
     """Whether `recipe.fold` was done to the model; True if it asks for nothing."""
     method = recipe.fold.method
-    return method == "none" or any(entry["method"] == method for entry in folded(model))
+    return method == "none" or any(same_fold(entry, recipe.fold.__dict__) for entry in folded(model))
 
 
 def apply(

@@ -35,7 +35,7 @@ from qat.quantizers import make_quantizer
 from qat.recipes import as_recipe
 from qat.recipes.schema import Network, Recipe
 from qat.state import folded, mark_folded, state_of
-from qat.steps import apply_schedule, weights_changed
+from qat.steps import apply_schedule, initialize
 
 log = logging.getLogger(__name__)
 # powers that AWQ tries, and rows of each input on which it tries them
@@ -133,6 +133,11 @@ def _scale(
         raise QATError(f"{method} was done to this model already; doing it again would undo nothing and gain nothing")
     if not batches:
         raise QATError(f"{method} was given no batches; pass inputs of the model, 128 sequences for one")
+    state = state_of(model)
+    if state is not None and state.record.step:
+        raise QATError(
+            f"{method} is for weights that were not trained yet, and this model is at step {state.record.step}"
+        )
     found = find(model, network)
     groups = _groups(model, recipe, found, method == "awq")
     run = partial(forward or call_model, model)
@@ -164,8 +169,9 @@ def _scale(
                     "and linears give; describe the network anew (fold.network), and load its weights again"
                 )
     mark_folded(model, found.module, entry)
-    if state_of(model) is not None:
-        weights_changed(model)
+    if state is not None:
+        # the scales were searched on other weights
+        initialize(model)
 
 
 def _groups(model: nn.Module, recipe: Recipe, found: Found, linears: bool) -> list[Group]:

@@ -30,7 +30,7 @@ from qat.layers import QATLayer, weight_quantizers
 from qat.ops import ConvOp, LinearOp
 from qat.plan import deployed
 from qat.state import require_state
-from qat.steps import qat_layers, search_scales, weights_changed
+from qat.steps import latents, qat_layers, search_scales, weights_changed
 
 _UNKNOWN = "nothing is known of its inputs"
 
@@ -122,7 +122,8 @@ def _search(shared: Shared, squares_CK: Tensor) -> LayerError:
     layer = shared.layers[0]
     quantizer, weight = weight_quantizers(layer)["weight"], layer.weight
     assert isinstance(weight, nn.Parameter)
-    w_RK = quantizer.layout.to_rows(weight.detach()).float()
+    whole = latents(layer, "weight")
+    w_RK = quantizer.layout.to_rows(whole).float()
     columns = w_RK.shape[1]
     if squares_CK.shape[1] != columns or w_RK.shape[0] % squares_CK.shape[0]:
         given = squares_CK.shape[1]
@@ -137,7 +138,7 @@ def _search(shared: Shared, squares_CK: Tensor) -> LayerError:
 
     size = float((w_RK.square() * counts).double().sum()) or 1.0
     before = error()
-    quantizer.init_from(weight.detach(), counts)
+    quantizer.init_from(whole, counts)
     return LayerError(shared.name, before / size, error() / size)
 
 

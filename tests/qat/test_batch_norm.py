@@ -120,3 +120,24 @@ def test_norms_without_statistics_are_left_alone() -> None:
     assert batch_norms(model) == [] and reestimate_batch_norm(model, []) == 0
     hold_batch_norm(model, True)
     assert type(model[0]) is nn.BatchNorm1d
+
+
+def test_a_norm_that_does_not_run_keeps_its_statistics() -> None:
+    """Mutation: all are copied back."""
+    model = net()
+    model.spare = nn.BatchNorm2d(4)  # type: ignore[assignment]
+    model.spare.running_mean.fill_(3.0)  # type: ignore[union-attr]
+    spare = model._modules.pop("spare")
+    holder = nn.ModuleDict({"used": model, "spare": spare})
+    reestimate_batch_norm(holder, batches(), lambda m, batch: m["used"](batch))  # type: ignore[index]
+    assert spare is not None and bool((spare.running_mean == 3.0).all())
+    assert not bool((model[1].running_mean == 0.0).any())  # type: ignore[union-attr]
+
+
+def test_a_norm_whose_class_was_changed_is_held_again() -> None:
+    """As by SyncBatchNorm.convert_sync_batchnorm."""
+    model = net().train()
+    qat.prepare(model, recipe(qat={"freeze_batch_norm": True}))
+    model[1].__class__ = nn.BatchNorm2d
+    qat.apply_schedule(model)
+    assert isinstance(model[1], HeldBatchNorm)

@@ -463,3 +463,23 @@ def test_the_law_after_folding(method: str, grid: str) -> None:
             count += 1
         assert input_quantizer(layer) is not None
     assert count == 14
+
+
+@pytest.mark.parametrize("method", ["smooth", "awq"])
+def test_scales_are_searched_on_folded_weights(method: str) -> None:
+    """Mutation: a prepared model keeps those of the weights before."""
+    words = recipe(method, rule={"weight": {"bits": 4, "granularity": "channel", "quantizer": "mse"}})
+    first, second = transformer(), transformer()
+    qat.fold.apply(first, words, [IDS])
+    qat.prepare(first, words)
+    qat.prepare(second, words)
+    qat.fold.apply(second, words, [IDS])
+    for (name, ours), theirs in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs) or "extra_state" in name, name
+
+
+def test_another_seed_is_another_fold() -> None:
+    model = transformer()
+    qat.fold.apply(model, recipe("rotate"))
+    with pytest.raises(QATError, match="not folded so"):
+        qat.prepare(model, recipe("rotate", seed=1))

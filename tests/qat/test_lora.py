@@ -432,3 +432,12 @@ def test_plan_names_and_sizes_are_those_of_the_base_model(recipe: Any) -> None:
     assert plain.bytes == model.bytes and plain.total_params == model.total_params
     assert [row.params for row in plain.rows] == [row.params for row in model.rows]
     assert math.isclose(plain.coverage, model.coverage)
+
+
+@pytest.mark.parametrize("word", ["freeze_oscillating", "dampen"])
+def test_words_that_look_at_weights_are_refused(recipe: Any, word: str) -> None:
+    """They would read, and write, the base weight alone."""
+    words = of_linears(recipe, quantizer="lsq")
+    words.phases["qat"] = qat.recipes.schema.Phase(**{word: 0.1})
+    with pytest.raises(qat.QATError, match=f"{word} looks at weights.*adapter"):
+        qat.prepare(adapted(llama()), words)

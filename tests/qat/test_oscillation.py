@@ -167,3 +167,27 @@ def test_nothing_is_computed_without_a_strength() -> None:
     qat.prepare(model, recipe())
     found: Tensor = qat.dampening(model)
     assert not found.requires_grad and float(found) == 0.0
+
+
+def test_scales_that_would_follow_the_weights_are_refused() -> None:
+    """A weight on the extra negative code would raise the scale, and the scale the weight, step by step."""
+    for quantizer in ("absmax", "quest"):
+        with pytest.raises(qat.QATError, match=r"freeze_oscillating.*follow"):
+            recipe({"quantizer": quantizer}, freeze_oscillating=0.02)
+    words = recipe(freeze_oscillating=0.02)
+    words.rules["all"].weight.quantizer = "absmax"  # type: ignore[union-attr]
+    with pytest.raises(qat.QATError, match="follow"):
+        qat.prepare(net(), words)
+
+
+def test_a_float_checkpoint_loads() -> None:
+    """Strictly, as it does without the word. Mutation: the counts are missed."""
+    state = net().state_dict()
+    model = net()
+    qat.prepare(model, recipe(freeze_oscillating=0.02))
+    assert model.load_state_dict(state).missing_keys == []
+    train(model, 2)
+    saved = model.state_dict()
+    lacks = {key: value for key, value in saved.items() if not key.endswith("oscillation.codes")}
+    with pytest.raises(RuntimeError, match=r"oscillation\.codes"):
+        model.load_state_dict(lacks)

@@ -224,3 +224,19 @@ print(len([load_recipe(name) for name in preset_names()]), "torch" in sys.module
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     count, torch = done.stdout.split()
     assert int(count) >= 6 and torch == "False"
+
+
+def test_records_of_earlier_versions_stay_the_same() -> None:
+    """A phase has only these words in a checkpoint unless others are used: another record would be refused there."""
+    data = to_dict(load_recipe("w2_g64"))
+    assert data["phases"] == {
+        "qat": {"steps": -1, "quantize": True, "ramp": 0, "freeze_scales": False, "bits": {}},
+    }
+    used = from_dict(
+        {"name": "n", "rules": data["rules"], "phases": {"qat": {"dampen": 0.5, "freeze_batch_norm": True}}}
+    )
+    assert to_dict(used)["phases"]["qat"]["dampen"] == 0.5 and to_dict(used)["phases"]["qat"]["freeze_batch_norm"]
+    slot = data["rules"]["linears"]["weight"]
+    assert set(slot) == {
+        "bits", "granularity", "group_size", "zero_point", "narrow", "scale", "quantizer", "grid", "signed",
+    }  # fmt: skip
