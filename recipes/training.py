@@ -29,6 +29,10 @@ def reasons(phase: Phase, path: str, recipe: Recipe) -> list[str]:
     ):
         if wrong:
             found.append(f"{said} with {key}={show(getattr(phase, key))}; allowed: all")
+    for name, rule in recipe.rules.items():
+        if rule.weight is not None and rule.weight.quantizer == "lsq_plus":
+            where = f"rules.{name}.weight.quantizer"
+            found.append(f"{said} with {where}=lsq_plus, whose zero points belong to the codes; allowed: all, or lsq")
     if all(rule.weight is None or rule.weight.quantizer in _LEARNS_NOTHING for rule in recipe.rules.values()):
         found.append(f"{said} where no weight has a learned scale; allowed: all, or quantizer=lsq")
     return found

@@ -117,10 +117,8 @@ class Case:
 def gptq(model: nn.Module, lab: Lab, latent: bool, weighted: bool) -> None:
     """GPTQ on a prepared model, on the case's calibration batches. `latent` keeps the compensated weights unrounded, so
     that training starts from GPTQ's own codes."""
-    try:
-        from qat.init.gptq import gptq as compensate
-    except ImportError:
-        raise Missing("qat.init has no GPTQ yet") from None
+    from qat.init.gptq import gptq as compensate
+
     compensate(model, lab.calibration(), latent=latent, weighted=weighted)
 
 

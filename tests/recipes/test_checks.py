@@ -229,6 +229,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         'with bits={"linears": 3}',
     ),
     (
+        {"phases": {"wait": None, "qat": {"train": "scales"}}, f"{W}.quantizer": "lsq_plus", f"{W}.zero_point": "int"},
+        'phases.qat.train: "scales" is not allowed',
+        "lsq_plus, whose zero points belong to the codes",
+    ),
+    (
         {"phases": {"wait": None, "qat": {"train": "scales"}}, f"{W}.quantizer": "mse"},
         'phases.qat.train: "scales" is not allowed',
         "where no weight has a learned scale",
