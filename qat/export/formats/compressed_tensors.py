@@ -267,7 +267,7 @@ def _group(layer: str, config: dict[str, Any]) -> dict[str, Any]:
         groups = config["quantization_config"]["config_groups"].values()
         found = {target: group for group in groups for target in group["targets"]}
     except (KeyError, TypeError, AttributeError):
-        raise ExportError("config.json holds no quantization_config with config groups") from None
+        raise ExportError("config.json holds a quantization_config without config groups") from None
     if not (layer in found or "Linear" in found):
         raise ExportError(f"config.json names no config group for the quantized layer {layer}")
     return found.get(layer) or found["Linear"]  # type: ignore[no-any-return]
