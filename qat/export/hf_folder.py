@@ -113,12 +113,15 @@ def class_name(module: nn.Module) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json; raises ExportError if it is missing or not JSON."""
+    """config.json; raises ExportError if it is missing or no JSON object."""
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise ExportError(f"{path} cannot be read ({problem})") from None
+    if not isinstance(found, dict):
+        raise ExportError(f"{path} holds no JSON object")
+    return found
 
 
 def load_tokenizer(tokenizer: Any) -> Any:

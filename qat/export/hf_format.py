@@ -104,7 +104,7 @@ class HfFormat(Format):
 
     def read(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         config = hf_folder.read_config(folder)
-        if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
+        if not isinstance(config.get("quantization_config"), dict):
             raise ExportError(f"{folder / 'config.json'} holds no quantization_config")
         for layer, tensors in hf_folder.read_layers(folder):
             if self.mark in tensors:
