@@ -125,7 +125,7 @@ def verdict(rows: Iterable[Row]) -> str:
 class Variant:
     """One model in training: `run` is its forward (perhaps compiled), `after` what its tool asks for after a step.
 
-    family   "float", "weight" (float activations) or "activation" (quantized ones): what it is compared with
+    family   "float", or one of `benchmarks.schemes`: it is compared with others of its own
     times    of its turns, in seconds
     """
 

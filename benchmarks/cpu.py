@@ -51,8 +51,8 @@ from benchmarks.common import (
 )
 from benchmarks.models import Block, HfLlama, linears
 from benchmarks.peers import COMPILED, PEERS
+from benchmarks.schemes import ACTIVATION, gate, prepared
 from benchmarks.schemes import CPU as OURS
-from benchmarks.schemes import gate, prepared
 
 SUITE = "cpu"
 _BEHIND = "not timed: behind another library of its kind, in time and in memory,"
@@ -189,7 +189,7 @@ class Group:
         measured = {v.tool: memory.measure(v, batch, accumulation, self.held[v.tool]) for v in taking_part}
         for variant in taking_part:
             ours, own = variant.tool in OURS, measured[variant.tool]
-            allowance = variant.quantized_weights if variant.family == "weight" else -1
+            allowance = variant.quantized_weights if variant.family != ACTIVATION else -1
             alive_goal = float(measured[FLOAT].alive + allowance) if ours else None
             found.append(row(SUITE, case, variant.tool, "peak_bytes", own.peak))
             found.append(row(SUITE, case, variant.tool, "alive_bytes", own.alive, alive_goal))

@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks.common import Missing
 from benchmarks.models import linears
+from benchmarks.schemes import ACTIVATION, FIXED, FOLLOWING, LEARNED
 
 Builder = Callable[[nn.Module, Any], nn.Module]
 
@@ -112,18 +113,19 @@ def brevitas_builder(**settings: str | int) -> Builder:
 
 # tool -> (family, builder)
 PEERS: dict[str, tuple[str, Builder]] = {
-    "torchao W4 g32": ("weight", torchao_builder(None, (torch.int4, 32, True))),
-    "ModelOpt W4 g32": ("weight", modelopt_builder("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", 32)),
-    "Brevitas W4 row": ("weight", brevitas_builder(weight_quant="Int8WeightPerChannelFloat", weight_bit_width=4)),
-    "torchao 8da4w": ("activation", torchao_builder((torch.int8, "per_token", False), (torch.int4, 32, True))),
+    "torchao W4 g32": (FOLLOWING, torchao_builder(None, (torch.int4, 32, True))),
+    "torchao W4 g32 learned": (LEARNED, torchao_builder(None, (torch.int4, 32, True), learned_scales=True)),
+    "ModelOpt W4 g32": (FIXED, modelopt_builder("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", 32)),
+    "Brevitas W4 row": (FOLLOWING, brevitas_builder(weight_quant="Int8WeightPerChannelFloat", weight_bit_width=4)),
+    "torchao 8da4w": (ACTIVATION, torchao_builder((torch.int8, "per_token", False), (torch.int4, 32, True))),
     # symmetric scales per token are refused by torchao 0.18: asymmetric ones are its nearest
     "torchao W8A8": (
-        "activation",
+        ACTIVATION,
         torchao_builder((torch.int8, "per_token", False), (torch.int8, "per_channel", True)),
     ),
-    "ModelOpt W8A8": ("activation", modelopt_builder("INT8_DEFAULT_CFG")),
+    "ModelOpt W8A8": (ACTIVATION, modelopt_builder("INT8_DEFAULT_CFG")),
     "Brevitas W8A8": (
-        "activation",
+        ACTIVATION,
         brevitas_builder(weight_quant="Int8WeightPerChannelFloat", input_quant="Int8ActPerTensorFloat"),
     ),
 }

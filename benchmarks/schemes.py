@@ -21,9 +21,15 @@ def group(size: int, quantizer: str) -> Slot:
     return {"bits": 4, "granularity": "group", "group_size": size, "quantizer": quantizer}
 
 
+# families: what is compared with what. Weights alone are quantized in the first three, with scales that are found anew
+# after each step, found once, or trained.
+FOLLOWING, FIXED, LEARNED = "weight, scales that follow", "weight, fixed scales", "weight, learned scales"
+ACTIVATION = "activation"
+
+
 @dataclass(frozen=True)
 class Scheme:
-    """family: see `benchmarks.common.Variant`; options: those of `qat.prepare`."""
+    """family: one of those above; options: those of `qat.prepare`."""
 
     family: str
     rule: dict[str, Any]
@@ -37,19 +43,20 @@ FP8: dict[str, Any] = {
     "input": {"grid": "e4m3", **TOKEN},
 }
 CPU = {
-    "qat W4 g32": Scheme("weight", {"weight": group(32, "absmax")}),
-    "qat W4 g32 LSQ": Scheme("weight", {"weight": group(32, "lsq")}),
-    "qat W8A8": Scheme("activation", W8A8),
+    "qat W4 g32": Scheme(FOLLOWING, {"weight": group(32, "absmax")}),
+    "qat W4 g32 fixed": Scheme(FIXED, {"weight": group(32, "mse")}),
+    "qat W4 g32 LSQ": Scheme(LEARNED, {"weight": group(32, "lsq")}),
+    "qat W8A8": Scheme(ACTIVATION, W8A8),
 }
 GPU = {
-    "qat W4A16 dynamic": Scheme("weight", {"weight": group(128, "absmax")}),
-    "qat W4A16 LSQ": Scheme("weight", {"weight": group(128, "lsq")}),
-    "qat W8A8 simulated": Scheme("activation", W8A8, {"real": False}),
-    "qat W8A8 real": Scheme("activation", W8A8, {"real": True}),
-    "qat W8A8 real, int8 backward": Scheme("activation", {**W8A8, "backward": "int8"}, {"real": True}),
+    "qat W4A16 dynamic": Scheme(FOLLOWING, {"weight": group(128, "absmax")}),
+    "qat W4A16 LSQ": Scheme(LEARNED, {"weight": group(128, "lsq")}),
+    "qat W8A8 simulated": Scheme(ACTIVATION, W8A8, {"real": False}),
+    "qat W8A8 real": Scheme(ACTIVATION, W8A8, {"real": True}),
+    "qat W8A8 real, int8 backward": Scheme(ACTIVATION, {**W8A8, "backward": "int8"}, {"real": True}),
     # recipes have no fp8 backward yet; until then its rows say so
-    "qat FP8 real": Scheme("activation", FP8, {"real": True}),
-    "qat FP8 real, fp8 backward": Scheme("activation", {**FP8, "backward": "fp8"}, {"real": True}),
+    "qat FP8 real": Scheme(ACTIVATION, FP8, {"real": True}),
+    "qat FP8 real, fp8 backward": Scheme(ACTIVATION, {**FP8, "backward": "fp8"}, {"real": True}),
 }
 
 
