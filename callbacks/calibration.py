@@ -41,13 +41,17 @@ def start_folded(trainer: Trainer, pl_module: LightningModule, recipe: Recipe) -
 
 def start_from_init(trainer: Trainer, pl_module: LightningModule, init: Init) -> None:
     """`qat.init.gptq`, `qat.init.blockwise`, or `qat.init.imatrix` without a method, with the first `init.batches`
-    batches of the training data; with the file `init.imatrix` none is looked at.
+    batches of the training data; with `init.file` or `init.imatrix` none is looked at.
 
     Every rank sees its own batches; all then take the weights and scales of rank 0. Random numbers and metrics go on as
     if nothing had happened; a data set that can be read only once has lost these batches. Raises QATError for sharded
     weights and for manual optimization, whose step cannot be called.
     """
-    if init.imatrix is not None:
+    if init.file is not None:
+        from qat.init.file import start_from_file
+
+        lines = [f"{len(start_from_file(pl_module, init.file))} weights of {init.file}"]
+    elif init.imatrix is not None:
         from qat.init.imatrix import read_imatrix, search_weighted
 
         lines = _said(search_weighted(pl_module, squares=read_imatrix(init.imatrix, pl_module)))
@@ -57,8 +61,9 @@ def start_from_init(trainer: Trainer, pl_module: LightningModule, init: Init) ->
         with _calibration(trainer, pl_module, said, init.batches, plain) as (batches, forward):
             lines = (_blockwise if plain else _layerwise)(pl_module, batches, init, forward)
         _agree(pl_module)
+    what = "weighted" if init.weighted else init.method if init.file is None else "from file"
     for line in lines:
-        log.info("init %s: %s", "weighted" if init.method == "none" else init.method, line)
+        log.info("init %s: %s", what, line)
 
 
 def _layerwise(pl_module: LightningModule, batches: list[Any], init: Init, forward: Any) -> list[str]:

@@ -114,8 +114,9 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     if recipe.fold.method == "none":
         # records of versions that did not know the word stay the same
         del data["fold"]
-    if recipe.init.imatrix is None:
-        del data["init"]["imatrix"]
+    for word in ("imatrix", "file"):
+        if data["init"][word] is None:
+            del data["init"][word]
     if not recipe.train.offload:
         del data["train"]["offload"]
     for rule in data["rules"].values():

@@ -135,6 +135,9 @@ class Init:
     weighted: bool = False
     # GGUF file with llama.cpp's importance matrix of this model, in place of batches; with method=none, weighted=true.
     imatrix: str | None = None
+    # Folder of a packed model (any format that qat reads, whoever wrote it) whose codes and scales are the start; with
+    # method=none.
+    file: str | None = None
     # Of blockwise: how often a block sees all batches, and the learning rate, which falls along a cosine.
     epochs: int = 4
     lr: float = 1.0e-4
@@ -142,7 +145,7 @@ class Init:
     @property
     def looks(self) -> bool:
         """Whether anything is done beyond the search of scales on the weights."""
-        return self.method != "none" or self.weighted
+        return self.method != "none" or self.weighted or self.file is not None
 
 
 @dataclass

@@ -28,6 +28,11 @@ def reasons(recipe: Recipe, dynamic: tuple[str, ...]) -> list[str]:
             f"init.imatrix: {show(init.imatrix)} is not allowed with method={init.method}, weighted="
             f"{show(init.weighted)}; allowed: null, or method=none with weighted=true"
         )
+    if init.file is not None and (init.method != "none" or init.weighted):
+        found.append(
+            f"init.file: {show(init.file)} is not allowed with method={init.method}, weighted={show(init.weighted)}, "
+            "which choose other codes; allowed: null, or method=none with weighted=false"
+        )
     if init.weighted and init.method == "blockwise":
         found.append(
             "init.weighted: true is not allowed with method=blockwise, which searches no scales; allowed: false"
@@ -37,6 +42,8 @@ def reasons(recipe: Recipe, dynamic: tuple[str, ...]) -> list[str]:
     if not init.looks:
         return found
     said, none = ("init.weighted: true", "false") if init.method == "none" else (f"init.method: {init.method}", "none")
+    if init.file is not None:
+        said, none = f"init.file: {show(init.file)}", "null"
     for name, rule in recipe.rules.items():
         slot = f"{join('rules', name)}.weight"
         # embeddings have no inputs to make good for

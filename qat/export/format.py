@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ from qat.qtensor import Fields, QTensor, tensor_sha256
 from qat.specs import QuantSpec
 
 _NAMED = 3
+
+
+class Stored(NamedTuple):
+    """A parameter in a file: the weight as its consumer reads it, and what `Format.unpack` takes; None: it is float."""
+
+    name: str
+    weight: Tensor
+    packed: dict[str, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,17 @@ class Format(ABC):
         Ranges of static inputs come under the names of `static_ranges`, in the dtype of the file.
         Raises ExportError for a damaged file.
         """
+
+    def entries(self, folder: Path) -> Iterator[Stored]:
+        """What `read` gives, with what it was read from, for `qat.init.file`; any program may have written the folder.
+
+        Raises ExportError for a damaged file, and for a format that cannot be started from.
+        """
+        raise ExportError(f"{folder}: training cannot start from {self.name} files")
+
+    def knows(self, folder: Path) -> bool:
+        """Whether `entries` reads this folder."""
+        return False
 
     @abstractmethod
     def reader(self) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from qat.convert import Bundle
 from qat.errors import ExportError
 from qat.export import hf_folder
-from qat.export.format import Format, TensorStream
+from qat.export.format import Format, Stored, TensorStream
 from qat.qtensor import Fields, QTensor
 from qat.specs import QuantSpec
 
@@ -39,12 +39,14 @@ class HfFormat(Format):
     packages   distributions whose versions the receipt records
     consumer   (distribution, module) of the code that `read` decodes with where it is installed
     mark       local name of the tensor by which `read` knows a quantized layer
+    method     `quant_method` of config.json; None: the format's name
     """
 
     shard_bytes: ClassVar[int] = 1 << 30
     packages: ClassVar[tuple[str, ...]] = ("transformers", "safetensors")
     consumer: ClassVar[tuple[str, str]]
     mark: ClassVar[str]
+    method: ClassVar[str | None] = None
 
     def model_reasons(self, bundle: Bundle, tokenizer: Any) -> list[str]:
         if bundle.config is None:
@@ -102,7 +104,17 @@ class HfFormat(Format):
         if tokenizer is not None:
             hf_folder.load_tokenizer(tokenizer).save_pretrained(str(folder))
 
+    def knows(self, folder: Path) -> bool:
+        try:
+            found = hf_folder.read_config(folder).get("quantization_config")
+        except ExportError:
+            return False
+        return isinstance(found, dict) and found.get("quant_method") == (self.method or self.name)
+
     def read(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
+        return ((entry.name, entry.weight) for entry in self.entries(folder))
+
+    def entries(self, folder: Path) -> Iterator[Stored]:
         config = hf_folder.read_config(folder)
         if not isinstance(config.get("quantization_config"), dict):
             raise ExportError(f"{folder / 'config.json'} holds no quantization_config")
@@ -116,10 +128,10 @@ class HfFormat(Format):
                     what = " ".join(str(problem).split())[:200]
                     kind = type(problem).__name__
                     raise ExportError(f"{folder}: {layer} cannot be decoded ({kind}: {what})") from None
-                yield f"{layer}.weight", weight
+                yield Stored(f"{layer}.weight", weight, tensors)
                 tensors = {key: tensor for key, tensor in tensors.items() if not self.of_weight(key)}
             for key, tensor in tensors.items():
-                yield f"{layer}.{key}" if layer else key, tensor
+                yield Stored(f"{layer}.{key}" if layer else key, tensor, None)
 
     def of_weight(self, key: str) -> bool:
         """Whether a quantized layer's tensor of this local name is part of its weight."""

@@ -85,6 +85,22 @@ def test_a_run_starts_from_an_importance_matrix(tmp_path: Path) -> None:
     assert torch.equal(other.state_dict()[changed[0]], module.state_dict()[changed[0]])
 
 
+def test_a_run_starts_from_a_packed_folder(tmp_path: Path) -> None:
+    """Mutation: `init.file` not read -> red."""
+    words: dict[str, Any] = {"phases": {"qat": {"steps": 0}}}
+    slot = {"quantizer": "mse", "group_size": 32}
+    source, module = Language(), Language()
+    qat.prepare(source, recipe(slot, **words))
+    qat.export(source, tmp_path / "packed", format="compressed-tensors")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.3)
+    words["init"] = {"file": str(tmp_path / "packed")}
+    trainer(tmp_path, QATCallback(recipe(slot, **words)), max_steps=1).fit(module, tokens())
+    wanted, found = qat.convert(source), qat.convert(module)
+    assert len(wanted) > 3 and all(torch.equal(found[key].dequantize(), wanted[key].dequantize()) for key in wanted)
+
+
 def test_random_numbers_and_figures_go_on_as_without(tmp_path: Path) -> None:
     class Noisy(Lit):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

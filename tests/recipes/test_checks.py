@@ -147,6 +147,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "train.offload: true is not allowed with phases.qat.steps=-1",
         "phases.qat.steps=0",
     ),
+    (
+        {"init": {"file": "x", "weighted": True}},
+        'init.file: "x" is not allowed with method=none, weighted=true',
+        "null",
+    ),
     ({"init": {"imatrix": "x.gguf"}}, 'init.imatrix: "x.gguf" is not allowed with method=none, weighted=false', "null"),
     ({"init": {"damp": -1.0}}, "init.damp: -1.0 is not allowed", "0 or more"),
     ({"init": {"method": "gptq"}}, "init.method: gptq is not allowed with a first phase (wait) in float", "none"),
