@@ -60,6 +60,21 @@ Overrides = Annotated[
 Model = Annotated[Path, typer.Option("--model", metavar="DIR", help="A Hugging Face model folder.")]
 
 
+def _list_formats(wanted: bool) -> None:
+    """The table of `qat export --list`."""
+    if not wanted:
+        return
+    from rich.table import Table
+
+    from qat.export import all_formats
+
+    table = Table("format", "bits", "holds", "read by (--for)", "checked here with")
+    for name, cls in sorted(all_formats().items()):
+        table.add_row(name, cls.bits, cls.contents, ", ".join(cls.consumers), cls().reader())
+    _show(table)
+    raise typer.Exit
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"qat {__version__}")
@@ -181,31 +196,51 @@ def export(
     format: Annotated[
         str | None, typer.Option("--format", metavar="FORMAT", help="gguf, compressed-tensors, ...; else the recipe's.")
     ] = None,
+    consumers: Annotated[
+        str | None,
+        typer.Option(
+            "--for", metavar="PROGRAM,...", help="Instead of a format: llama.cpp, vllm, ... that will read it."
+        ),
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", metavar="DIR", help="Folder of the tokenizer; else the model's.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FOLDER if qat wrote it.")] = False,
+    listed: Annotated[
+        bool, typer.Option("--list", callback=_list_formats, is_eager=True, help="Show the formats and what they hold.")
+    ] = False,
 ) -> None:
     """Pack the trained integers of a checkpoint, read the files back with their consumer's code, and compare.
 
-    The recipe is in the checkpoint; --model gives the architecture, its weights are not read.
+    The recipe is in the checkpoint; --model gives the architecture, its weights are not read. Of several formats
+    (--format a,b or --for x,y) each has a folder of its own in FOLDER; none is written unless all hold the model.
     """
     import qat
+    from qat.errors import refuse_if
+    from qat.export import formats_for, get_format
     from qat.export.atomic import refuse_target
     from qat.hf import empty_model, has_tokenizer, load_tokenizer
     from qat.state import require_state
 
-    refuse_target(out.absolute(), overwrite)
+    wanted = formats_for(format, consumers)
+    folders = {name: out / name if len(wanted) > 1 else out for name in wanted} or {"": out}
+    for folder in folders.values():
+        refuse_target(folder.absolute(), overwrite)
     if tokenizer is None and has_tokenizer(model):
         tokenizer = model
     words = load_tokenizer(tokenizer) if tokenizer is not None else None
     trained = qat.load_from_checkpoint(checkpoint, empty_model(model))
-    name = format or _only_target(require_state(trained).record.recipe)
-    receipt = qat.export(trained, out, format=name, tokenizer=words, overwrite=overwrite)
-    print(
-        f"{out}: {receipt.format}, {len(receipt.tensors)} tensors, {receipt.bytes:,} bytes; "
-        f"each read back by {receipt.reader} equals the trained weight"
-    )
+    if not wanted:
+        folders = {_only_target(require_state(trained).record.recipe): out}
+    found = qat.convert(trained)
+    for name in folders if len(folders) > 1 else ():
+        refuse_if(get_format(name).check(found, words), f"{name} cannot hold this model", ExportError)
+    for name, folder in folders.items():
+        receipt = qat.export(found, folder, format=name, tokenizer=words, overwrite=overwrite)
+        print(
+            f"{folder}: {receipt.format}, {len(receipt.tensors)} tensors, {receipt.bytes:,} bytes; "
+            f"each read back by {receipt.reader} equals the trained weight"
+        )
 
 
 @app.command()

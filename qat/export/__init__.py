@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qat.convert import Bundle, convert
-from qat.errors import ExportError, refuse_if
+from qat.errors import ExportError, QATError, refuse_if
 from qat.export.atomic import refuse_target, replaced_folder
 from qat.export.format import Format, Row, TensorStream, read_back
 from qat.export.receipt import Receipt, file_records
@@ -22,7 +22,7 @@ from qat.qtensor import Fields
 from qat.registry import discover, lookup
 from qat.specs import QuantSpec
 
-__all__ = ["Format", "Receipt", "Row", "all_formats", "export", "get_format", "rehearse_export"]
+__all__ = ["Format", "Receipt", "Row", "all_formats", "export", "formats_for", "get_format", "rehearse_export"]
 
 log = logging.getLogger(__name__)
 _WEIGHTS = ("last", "best", "ema")
@@ -37,6 +37,22 @@ def get_format(name: str) -> Format:
     """The format called `name`; raises QATError that lists the known names."""
     found = discover("qat.export.formats", Format, "qat.formats")
     return lookup(found, name, "format")()  # type: ignore[no-any-return]
+
+
+def formats_for(formats: str | None, programs: str | None) -> list[str]:
+    """Names of the formats that are asked for, by name or by the programs that will read them, both as "a,b"; [] if
+    neither is given. Raises QATError for both at once and for an unknown name."""
+    if formats is not None and programs is not None:
+        raise QATError("--format and --for say the same in two ways; give one of them")
+    if formats is not None:
+        return list(dict.fromkeys(get_format(name.strip()).name for name in formats.split(",")))
+    readers = {program: name for name, cls in sorted(all_formats().items()) for program in cls.consumers}
+    wanted = [name.strip() for name in programs.split(",")] if programs is not None else []
+    for name in wanted:
+        if name not in readers:
+            known = ", ".join(sorted(readers))
+            raise QATError(f"--for {name!r} is no program that a format is written for; use {known}")
+    return list(dict.fromkeys(readers[name] for name in wanted))
 
 
 def export(

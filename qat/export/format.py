@@ -125,10 +125,18 @@ def declared_ties(module: nn.Module) -> dict[str, str]:
 
 
 class Format(ABC):
-    """One file format. `needs` says what it is made from: "tensors", or a "graph"."""
+    """One file format.
+
+    needs       what it is made from: "tensors", or a "graph"
+    bits        of its codes, in words, and `contents`: grids, groups, scales
+    consumers   programs that load it, as `qat export --for` names them; a program belongs to one format
+    """
 
     name: ClassVar[str] = ""
     needs: ClassVar[str] = "tensors"
+    bits: ClassVar[str] = ""
+    contents: ClassVar[str] = ""
+    consumers: ClassVar[tuple[str, ...]] = ()
 
     def check(self, source: Plan | Bundle, tokenizer: Any = None) -> list[str]:
         """Why `source` cannot be written exactly, each reason naming layers and the fix; empty means it can.

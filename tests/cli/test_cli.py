@@ -104,6 +104,38 @@ def test_export_then_verify(exported: Path, capsys: pytest.CaptureFixture[str]) 
     assert "all as trained, bit for bit" in capsys.readouterr().out
 
 
+def test_export_for_several_programs(
+    checkpoint: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mutations: the formats written one by one without a check before; `--for` taken as names of formats."""
+    command = ["export", str(checkpoint), "--model", str(llama), "--out"]
+    assert main([*command, str(tmp_path / "all"), "--for", "llama.cpp, ollama,vllm"]) == 0
+    assert {folder.name for folder in (tmp_path / "all").iterdir()} == {"gguf", "compressed-tensors"}
+    for name in ("gguf", "compressed-tensors"):
+        assert main(["verify", str(tmp_path / "all" / name)]) == 0
+    assert main([*command, str(tmp_path / "one"), "--for", "llama.cpp"]) == 0
+    assert (tmp_path / "one" / "model.gguf").exists()
+    capsys.readouterr()
+    for words, told in (
+        (["--for", "llama.cp"], "'llama.cp' is no program that a format is written for"),
+        (["--for", "vllm", "--format", "gguf"], "give one of them"),
+    ):
+        assert main([*command, str(tmp_path / "none"), *words]) == 2
+        assert told in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_the_list_of_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every format of the registry says what it holds and who reads it."""
+    from qat.export import all_formats
+
+    assert main(["export", "--list"]) == 0
+    shown = capsys.readouterr().out
+    for name, cls in all_formats().items():
+        assert name in shown and cls.bits and cls.contents and cls.consumers, name
+    programs = [program for cls in all_formats().values() for program in cls.consumers]
+    assert len(programs) == len(set(programs)), "a program belongs to two formats"
+
+
 def test_export_overwrites_only_when_told(
     exported: Path, checkpoint: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

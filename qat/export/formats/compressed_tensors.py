@@ -43,6 +43,9 @@ class CompressedTensors(HfFormat):
     """The format of llm-compressor, read by transformers and vLLM."""
 
     name = "compressed-tensors"
+    bits = "1 to 8"
+    contents = "int and ternary by tensor, channel or group, with or without zero points; int8 inputs; mixed layers"
+    consumers = ("vllm", "transformers", "sglang")
     consumer = ("compressed-tensors", "compressed_tensors")
     mark = "weight_scale"
 

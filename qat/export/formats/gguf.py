@@ -45,6 +45,9 @@ class Gguf(Format):
     """llama.cpp's file format."""
 
     name = "gguf"
+    bits = "2 to 8"
+    contents = "Q4_0, Q8_0 and the k-quants Q2_K to Q6_K, of Llama-like models"
+    consumers = ("llama.cpp", "ollama", "lm-studio")
 
     # ---- what fits -----------------------------------------------------------------------------------------------
 
