@@ -12,6 +12,7 @@ A grid knows nothing of how scales are found. With s fp32 scales of groups:
     seq       a table                                  2       -3/4, -1/4, 1/4, 3/4   (ParetoQ, Liu et al. 2025, eq. 6)
     binary    a table                                  1       -1, 1
     nf4       a table                                  4       quantiles of a normal (QLoRA, Dettmers et al. 2023)
+    bnb_fp4   a table                                  4       bitsandbytes' own float: 0, 1/192, 1/6, 1/4 .. 1
     iq4_nl    a table                                  4       ggml's -127 .. 113
     fp4       floats e2m1                              4       0, 1/2, 1, 3/2, 2, 3, 4, 6 and their negatives
     e4m3      floats e4m3fn                            8       up to 448
@@ -351,6 +352,7 @@ GRIDS: dict[str, Grid] = {
         LevelGrid("seq", 2, codebook.SEQ2, -0.99, 0.99, 1.0),
         LevelGrid("binary", 1, (-1.0, 1.0), -1.0, 1.0, 1.0),
         LevelGrid("nf4", 4, codebook.NF4, -1.0, 1.0, 1.0),
+        LevelGrid("bnb_fp4", 4, codebook.BNB_FP4, -1.0, 1.0, 1.0),
         LevelGrid("iq4_nl", 4, codebook.IQ4_NL, -127.0, 113.0, 127.0),
         FloatGrid("fp4", 4, torch.uint8),
         FloatGrid("e4m3", 8, torch.float8_e4m3fn),

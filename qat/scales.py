@@ -18,11 +18,12 @@ Two levels: scales that are themselves codes times a scale (`fake_quant_kernels.
 searched is the scale that a group would like, in fp32; `encode` makes what a file holds of those of the whole tensor,
 and `decode` the numbers that weights are computed with. Both run in every forward.
 
-                  codes of scales             times                        of
-    q2_k .. q6_k  4, 6 or 8 bits, minima too  fp16 for 256 numbers         integers in groups of 16 or 32: ggml
-    nvfp4         e4m3                        fp32 for the tensor          fp4 in groups of 16: TensorRT-LLM
-    nvfp4_over    e4m3                        1 / fp32 for the tensor      the same: compressed-tensors
-    bnb_nested    a table of 256              fp32 for 256, and a mean     nf4 in groups: bitsandbytes
+                    codes of scales             times                          of
+    q2_k .. q6_k    4, 6 or 8 bits, minima too  fp16 for 256 numbers           integers in groups of 16 or 32: ggml
+    nvfp4           e4m3                        fp32 for the tensor            fp4 in groups of 16: TensorRT-LLM
+    nvfp4_over      e4m3                        1 / fp32 for the tensor        the same: compressed-tensors
+    nvfp4_portable  e4m3                        a power of two for the tensor  the same: both, in any float dtype
+    bnb_nested      a table of 256              fp32 for 256, and a mean       nf4 or bnb_fp4 in groups: bitsandbytes
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class TwoLevel(ScaleGrid):
     """Scales [R, G] of a whole tensor, each a code times a scale that several groups share.
 
     words   what the spec of such a tensor has to say, by field of `qat.specs.QuantSpec`
+    also    kinds that may take the place of `words["kind"]`
     extra   stored bits of a row of `words["group_size"]` numbers beside its codes
     """
 
@@ -113,6 +115,7 @@ class TwoLevel(ScaleGrid):
     extra: float = 0.0
     # numbers of a row that share the scale of scales
     run: int = 1
+    also: tuple[str, ...] = ()
 
     def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
         """fp32 scales [R, G], and minima, as the groups would like them -> what a file holds."""
@@ -162,7 +165,11 @@ class _SuperBlock(TwoLevel):
 
 @dataclass(frozen=True)
 class _Nvfp4(TwoLevel):
-    """parts: block float8_e4m3fn [R, G], tensor fp32 [1]."""
+    """parts: block float8_e4m3fn [R, G], tensor fp32 [1].
+
+    Multiplied with a power of two, or divided by its inverse, an e4m3 number stays what it is, and so does the product
+    with a number of e2m1: 6 bits, exact in bf16.
+    """
 
     @property
     def _over(self) -> bool:
@@ -171,6 +178,9 @@ class _Nvfp4(TwoLevel):
     def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
         largest = scale.amax().reshape(1) if scale.numel() else scale.new_zeros(1)
         tensor = nvfp4.tensor_scale(largest * 6.0, self._over)
+        if self.name.endswith("portable"):
+            octave = (tensor.view(torch.int32) & 0x7F800000).view(torch.float32)
+            tensor = torch.where(octave < tensor, octave * 2.0, octave)
         return {"block": nvfp4.scales_of(scale * 6.0, tensor, self._over), "tensor": tensor}
 
     def decode(self, parts: Parts) -> tuple[Tensor, Tensor | None]:
@@ -228,7 +238,8 @@ SCALE_GRIDS: dict[str, ScaleGrid] = {
         *(_kquant(name, bits) for name, bits in (("q2_k", 4), ("q3_k", 6), ("q4_k", 6), ("q5_k", 6), ("q6_k", 8))),
         _Nvfp4("nvfp4", torch.float32, _FP32_SMALLEST, _LARGEST, _FP4, 8.0),
         _Nvfp4("nvfp4_over", torch.float32, _FP32_SMALLEST, _LARGEST, _FP4, 8.0),
-        _Nested("bnb_nested", torch.float32, _FP32_SMALLEST, _LARGEST, _NF4, 8.0),
+        _Nvfp4("nvfp4_portable", torch.float32, _FP32_SMALLEST, _LARGEST, _FP4, 8.0),
+        _Nested("bnb_nested", torch.float32, _FP32_SMALLEST, _LARGEST, _NF4, 8.0, also=("bnb_fp4",)),
     )
 }
 

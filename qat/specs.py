@@ -101,7 +101,9 @@ class QuantSpec:
             found.append(f"scale={self.scale!r} is unknown; use one of {', '.join(SCALE_GRIDS)}")
         elif isinstance(self.scale_grid, TwoLevel):
             needs = self.scale_grid.words
-            wrong = ", ".join(f"{word}={value}" for word, value in needs if getattr(self, word) != value)
+            other = self.kind in self.scale_grid.also
+            fits = {word: getattr(self, word) == value or (word == "kind" and other) for word, value in needs}
+            wrong = ", ".join(f"{word}={value}" for word, value in needs if not fits[word])
             found += [f"scale={self.scale!r} stores scales of one kind of tensor only; use {wrong}"] if wrong else []
         return found
 

@@ -43,10 +43,10 @@ WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 INPUT_GRANULARITIES = ("tensor", "token", "group")
 OUTPUT_QUANTIZERS = {name: INPUT_QUANTIZERS[name] for name in ("absmax", "minmax")}
 ZERO_POINTS = ("none", "int", "float")
-TWO_LEVELS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "nvfp4", "nvfp4_over", "bnb_nested")
+TWO_LEVELS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "nvfp4", "nvfp4_over", "nvfp4_portable", "bnb_nested")
 SCALES = ("portable", "fp32", "fp16", "bf16", "e8m0", *TWO_LEVELS)
 # grids with bits of their own; integers have those of the recipe
-GRID_BITS = {"ternary": 2, "seq": 2, "binary": 1, "nf4": 4, "iq4_nl": 4, "fp4": 4, "e4m3": 8, "e5m2": 8}
+GRID_BITS = {"ternary": 2, "seq": 2, "binary": 1, "nf4": 4, "bnb_fp4": 4, "iq4_nl": 4, "fp4": 4, "e4m3": 8, "e5m2": 8}
 GRIDS = ("int", *GRID_BITS)
 BACKWARDS = ("float", "int8", "int8_dgrad")
 LOSSES = ("kl", "kl_topk", "cakld", "mse", "cosine")

@@ -27,15 +27,16 @@ class Slot:
     # Leave out the most negative code: -127..127 instead of -128..127.
     narrow: bool = False
     # How a scale is stored: portable | fp32 | fp16 | bf16 | e8m0, powers of two; for weights also as a code times a
-    # scale that groups share: q2_k | q3_k | q4_k | q5_k | q6_k, ggml's k-quants | nvfp4, as TensorRT-LLM has it, or
-    # nvfp4_over, as compressed-tensors has it | bnb_nested, double quantization of bitsandbytes.
+    # scale that groups share: q2_k | q3_k | q4_k | q5_k | q6_k, ggml's k-quants | nvfp4, as TensorRT-LLM has it,
+    # nvfp4_over, as compressed-tensors has it, or nvfp4_portable, as both have it | bnb_nested, double quantization of
+    # bitsandbytes.
     scale: str = "portable"
     # How a scale is found. Weights: absmax | minmax | mse | lsq | lsq_plus, with a learned zero point | ewgs and quest,
     # other gradients of the weight | absmean, for grid=ternary; inputs: absmax | minmax | lsq | lsq_plus | pact | ema.
     quantizer: str = "absmax"
     # Which codes exist. int: consecutive integers | ternary: -1, 0, 1 (2 bits) | seq: -3/4, -1/4, 1/4, 3/4 of the scale
     # (2 bits) | binary: -1, 1 (1 bit) | nf4, iq4_nl: tables of 16 levels (4 bits) | fp4: floats e2m1 (4 bits)
-    # | e4m3, e5m2: floats (8 bits).
+    # | bnb_fp4: the other 4-bit float, of bitsandbytes | e4m3, e5m2: floats (8 bits).
     grid: str = "int"
     # A scale may be negative, which gives the extra negative code of a signed grid to either side; for quantizer=mse
     # and lsq and formats that store the sign (GGUF Q4_0).

@@ -97,8 +97,8 @@ def test_reasons_name_layers_and_the_nearest_grid() -> None:
         ("gguf", {"signed": False}, "signed=false"),
         ("gguf", {"zero_point": "float", "signed": False}, "zero_point=float: Q4_0 and Q8_0 have none"),
         ("compressed-tensors", {"zero_point": "float", "signed": False}, "nearest: zero_point: int"),
-        ("compressed-tensors", {"scale": "e8m0"}, "scale=e8m0: this writer stores scales as floats"),
-        ("compressed-tensors", {"kind": "nf4"}, "grid nf4: this writer stores integers"),
+        ("compressed-tensors", {"scale": "e8m0"}, "scale=e8m0: compressed-tensors stores scales of integers as floats"),
+        ("compressed-tensors", {"kind": "nf4"}, "grid nf4: compressed-tensors has integers, e4m3 and fp4"),
         ("compressed-tensors", {"signed_scale": True, "quantizer": "mse"}, "compressed-tensors has positive scales"),
         ("gguf", {"scale": "e8m0"}, "GGUF stores scales in fp16"),
         ("gguf", {"kind": "e4m3", "bits": 8}, "grid e4m3: Q4_0 and Q8_0 hold integers"),
@@ -134,7 +134,7 @@ def test_inputs_that_do_not_fit() -> None:
         (QuantSpec(bits=8, granularity="token", narrow=True), "takes the whole signed grid"),
         (QuantSpec(bits=2, granularity="token", kind="ternary"), "takes the whole signed grid"),
         (QuantSpec(bits=8, granularity="token", scale="e8m0"), "input scale=e8m0: compressed-tensors has float"),
-        (QuantSpec(bits=8, granularity="token", kind="e4m3"), "input grid e4m3: this writer stores integers"),
+        (QuantSpec(bits=8, granularity="token", kind="e5m2"), "input grid e5m2: this writer has integers and e4m3"),
     ):
         layer = PlanRow("layer", "Linear", "r", weight, spec, 64, {"weight": "linear"}, 64)
         assert any(words in why for why in get_format("compressed-tensors").row_reasons(layer))

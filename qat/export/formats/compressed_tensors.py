@@ -1,20 +1,29 @@
-"""compressed-tensors: integer weights of any transformers model, for transformers and vLLM.
+"""compressed-tensors: weights of any transformers model as integers or small floats, for transformers and vLLM.
 
     pack-quantized   weight only, or below 8 bits: codes of 1..8 bits as a dense stream along the row
                        weight_packed      int32 [O, ceil(I * bits / 32)]     code - smallest code
                        weight_scale       model dtype [O, I/g], [O, 1] or [1]
                        weight_zero_point  int32 [ceil(O * bits / 32), G], a stream down the rows (asymmetric only)
                        weight_shape       int64 [2]
-    int-quantized    8-bit weights with quantized inputs: int8 `weight`, `weight_scale`, int8 `weight_zero_point`;
-                       a static input adds `input_scale` [1] (and `input_zero_point`)
+    int-quantized    8-bit weights with quantized inputs: int8 `weight`, `weight_scale`, int8 `weight_zero_point`
+    float-quantized  e4m3 `weight`, `weight_scale` [O, 1] or [1] in the model's dtype
+    mxfp8-quantized  e4m3 `weight`, `weight_scale` uint8 [O, I/32], s = 2^(byte - 127)
+    mxfp4-pack-quantized   weight_packed uint8 [O, I/2], e2m1 codes, the even column in the low half of a byte
+                           weight_scale  uint8 [O, I/32]
+    nvfp4-pack-quantized   weight_packed as above; weight_scale e4m3 f [O, I/16]; weight_global_scale fp32 G [1];
+                           s = f / G in fp32
 
-Layers of different grids become config groups, each with its format. `W = (q - z) * s` in the model's dtype t: with s
-exact in t, both factors and (below fp32) the product need no rounding but the last, so it equals the fp32 product cast
-to t. 1, 2, 4 and 8 bits are laid out alike by all versions; 3, 5, 6 and 7 need compressed-tensors 0.18.
+A static input adds `input_scale` [1] (and `input_zero_point`). Layers of different grids become config groups, each
+with its format. `W = (q - z) * s` in the model's dtype t: with s exact in t, both factors and (below fp32) the product
+need no rounding but the last, so it equals the fp32 product cast to t. 4-bit floats are decoded in fp32 and cast to
+bf16 whatever the model is: nvfp4_over needs a model in bf16; with powers of two (e8m0, and nvfp4_portable, whose scale
+for the tensor has an exact inverse) nothing is rounded. 1, 2, 4 and 8 bits are laid out alike by all versions; 3, 5, 6
+and 7 need compressed-tensors 0.18.
 
-transformers loads symmetric files as they are, single- or mixed-group, and an asymmetric file with
-`CompressedTensorsConfig(dequantize=True)`, which knows one group only: asymmetric grids in several groups are refused.
-The same flag loads T5 and Mamba, whose own weight initialization trips over a packed layer.
+transformers loads symmetric files as they are, single- or mixed-group, and an asymmetric file, or small floats in a
+model that is not in bf16, with `CompressedTensorsConfig(dequantize=True)`, which knows one group only: either of them
+in several groups is refused. The same flag loads T5 and Mamba, whose own weight initialization trips over a packed
+layer.
 """
 
 from __future__ import annotations
@@ -28,15 +37,27 @@ from torch import Tensor
 from qat.convert import Bundle
 from qat.errors import ExportError
 from qat.export import hf_folder
+from qat.export.ct_schemes import (
+    FLOAT,
+    IN_BF16,
+    INTEGER,
+    container_of,
+    group_of,
+    input_reasons,
+    offset_of,
+    scheme_of,
+    spec_of_scheme,
+    symmetric,
+    weight_reasons,
+)
 from qat.export.format import TensorStream
 from qat.export.hf_format import HOLDS, KEEP, HfFormat, layer_of, targets
-from qat.export.packing import pack_bits, unpack_bits
+from qat.export.packing import pack_bits, unpack_bits, words_per_row
 from qat.layout import Layout
 from qat.plan import PlanRow
 from qat.qtensor import Fields, QTensor
+from qat.scales import TwoLevel
 from qat.specs import QuantSpec
-
-PACKED, INTEGER = "pack-quantized", "int-quantized"
 
 
 class CompressedTensors(HfFormat):
@@ -57,17 +78,13 @@ class CompressedTensors(HfFormat):
             found.append(f"compressed-tensors holds quantized Linear layers, not {row.type}; {KEEP}")
         if row.weight is None:
             return [*found, "its input is quantized but not its weight; give its rule a weight too"]
-        if not row.weight.is_int:
-            found.append(f"grid {row.weight.kind}: this writer stores integers; nearest: grid: int, bits: 4")
-        if row.weight.signed_scale:
-            found.append("signed_scale=true: compressed-tensors has positive scales; nearest: signed_scale: false")
-        if row.weight.scale not in HOLDS:
-            found.append(f"scale={row.weight.scale}: this writer stores scales as floats; use scale: portable")
-        if row.weight.zero_point == "float":
-            found.append("zero_point=float: compressed-tensors has integer zero points; nearest: zero_point: int")
+        found += weight_reasons(row.weight)
         if row.input is not None:
-            found += _input_reasons(row.input)
+            found += input_reasons(row.input)
         return found
+
+    def holds(self, spec: QuantSpec) -> tuple[torch.dtype, ...]:
+        return HOLDS["portable"] if container_of(spec, None) in IN_BF16 else super().holds(spec)
 
     def model_reasons(self, bundle: Bundle, tokenizer: Any) -> list[str]:
         found = super().model_reasons(bundle, tokenizer)
@@ -81,33 +98,46 @@ class CompressedTensors(HfFormat):
         if layer is not None:
             what = f"input scale={static[layer]} of {layer}"
             found.append(f"{what} does not fit a model in {dtype}, the dtype of stored scales; use portable")
-        groups = {_scheme(spec, inputs.get(layer_of(name))) for name, spec in specs.items()}
-        if len(groups) > 1 and any(not _symmetric(spec) for spec in specs.values()):
+        groups = {scheme_of(spec, inputs.get(layer_of(name))) for name, spec in specs.items()}
+        if len(groups) > 1 and any(not symmetric(spec) for spec in specs.values()):
             found.append(
                 "grids with a zero point beside other grids: transformers loads such a file in no way; "
                 "use zero_point: none, or one grid for all layers"
             )
+        if dtype != torch.bfloat16 and any(container_of(spec, None) in IN_BF16 for spec in specs.values()):
+            if len(groups) > 1:
+                found.append(
+                    f"scales of small floats beside other grids in a model in {dtype}: they are decoded to bfloat16, "
+                    "and transformers would run the model in two dtypes; call model.to(torch.bfloat16) before training"
+                )
+            if any(spec.scale == "nvfp4_over" for spec in specs.values()):
+                found.append(f"scale=nvfp4_over is decoded to bfloat16, not {dtype}; use nvfp4_portable")
         return found
 
     # ---- one tensor ----------------------------------------------------------------------------------------------
 
     def pack(
-        self, name: str, weight: QTensor, container: str = PACKED, dtype: torch.dtype | None = None
+        self, name: str, weight: QTensor, container: str | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
         """Local names -> tensors; scales in `dtype` (default: out_dtype), which has to hold them exactly."""
         spec, bits = weight.spec, weight.spec.bits
-        offset = _offset(spec)
+        container = container or container_of(spec, None)
+        if container in IN_BF16:
+            return _small_floats(weight)
+        offset = offset_of(spec)
         scale = weight.scale.to(dtype or weight.out_dtype)
         if not torch.equal(scale.float(), weight.scale.float()):
             raise ExportError(f"{name}: scales stored in {scale.dtype} would be rounded; use scale: portable")
         zero = weight.zero_point
-        if not _symmetric(spec):
+        if not symmetric(spec):
             zero = torch.zeros_like(weight.scale, dtype=torch.int16) if zero is None else zero
             # zero points exist per row or group only: one for the tensor is repeated
             scale, zero = (t.expand(weight.codes.shape[0], t.shape[1]) for t in (scale, zero))
         elif spec.granularity == "tensor":
             scale = scale.reshape(1)
         found = {"weight_scale": scale.contiguous()}
+        if container == FLOAT:
+            return found | {"weight": weight.codes}
         stored = weight.codes.to(torch.int16) + offset
         if container == INTEGER:
             found["weight"] = (stored - (1 << (bits - 1))).to(torch.int8)
@@ -121,8 +151,10 @@ class CompressedTensors(HfFormat):
         return found
 
     def unpack(self, packed: dict[str, Tensor], spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> QTensor:
-        """From either container, by the names in `packed`."""
-        offset, half = _offset(spec), 1 << (spec.bits - 1)
+        """From any container, by `spec` and the names in `packed`."""
+        if not spec.is_int:
+            return _floats(packed, spec, layout, out_dtype)
+        offset, half = offset_of(spec), 1 << (spec.bits - 1)
         rows, columns = layout.rows_shape
         scale = packed["weight_scale"].float().to(spec.scale_grid.dtype)
         zero = packed.get("weight_zero_point")
@@ -143,7 +175,7 @@ class CompressedTensors(HfFormat):
     def layer_tensors(
         self, name: str, weight: QTensor, given: tuple[QuantSpec, Fields | None] | None, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        tensors = self.pack(name, weight, _container(weight.spec, given), dtype)
+        tensors = self.pack(name, weight, container_of(weight.spec, given), dtype)
         return tensors | _static_input(layer_of(name), given, dtype)
 
     def quantization_config(self, stream: TensorStream) -> dict[str, Any]:
@@ -151,7 +183,7 @@ class CompressedTensors(HfFormat):
         members: dict[str, list[str]] = {}
         quantized = targets(stream)
         for layer, spec in quantized.items():
-            members.setdefault(_scheme(spec, stream.inputs.get(layer)), []).append(layer)
+            members.setdefault(scheme_of(spec, stream.inputs.get(layer)), []).append(layer)
         groups = {
             f"group_{number}": {**json.loads(scheme), "targets": ["Linear"] if len(members) == 1 else sorted(layers)}
             for number, (scheme, layers) in enumerate(members.items())
@@ -168,12 +200,17 @@ class CompressedTensors(HfFormat):
         }
 
     def weight(self, layer: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
-        scheme = _group(layer, config)
+        scheme = group_of(layer, config)
         if not self.installed():
-            spec = _spec(scheme, tensors["weight_scale"])
-            stored = tensors.get("weight_shape", tensors.get("weight"))
-            shape = tuple(stored.tolist()) if "weight_shape" in tensors else tuple(stored.shape)  # type: ignore[union-attr]
-            return self.unpack(tensors, spec, Layout(shape), tensors["weight_scale"].dtype).dequantize()
+            scale = tensors["weight_scale"]
+            if "weight_shape" in tensors:
+                shape = tuple(tensors["weight_shape"].tolist())
+            else:
+                rows, columns = tensors.get("weight", tensors.get("weight_packed", scale)).shape
+                shape = rows, columns * (1 + ("weight" not in tensors))
+            # what has no dtype of the model in it is decoded to bf16
+            dtype = scale.dtype if scale.dtype in HOLDS["portable"] else torch.bfloat16
+            return self.unpack(tensors, spec_of_scheme(scheme, scale), Layout(shape), dtype).dequantize()
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationScheme
 
@@ -181,69 +218,41 @@ class CompressedTensors(HfFormat):
         return compressor.decompress(tensors, QuantizationScheme(**scheme))["weight"]  # type: ignore[no-any-return]
 
 
-# ---- grids and the configuration -------------------------------------------------------------------------------------
+# ---- small floats ----------------------------------------------------------------------------------------------------
 
 
-def _input_reasons(spec: QuantSpec) -> list[str]:
-    found = []
-    if not spec.is_int:
-        found.append(f"input grid {spec.kind}: this writer stores integers; nearest: grid: int, bits: 8")
-    if spec.granularity not in ("token", "tensor"):
-        found.append(f"input granularity={spec.granularity}: compressed-tensors has token (dynamic) or tensor (static)")
-    if spec.scale not in HOLDS:
-        found.append(f"input scale={spec.scale}: compressed-tensors has float scales; use scale: portable")
-    if (
-        spec.zero_point == "float"
-        or (spec.is_int and spec.int_grid.narrow)
-        or (spec.zero_point == "none" and not spec.signed)
-    ):
-        nearest = "{bits: 8, granularity: token, zero_point: none, narrow: false, signed: true}"
-        found.append(f"input grid {spec}: compressed-tensors takes the whole signed grid; nearest: {nearest}")
-    return found
+def _small_floats(weight: QTensor) -> dict[str, Tensor]:
+    """Containers whose scales are not in the model's dtype."""
+    found = {}
+    if weight.spec.scale == "e8m0":
+        found["weight_scale"] = weight.scale.view(torch.uint8)
+    else:
+        tensor = weight.parts["tensor"]
+        found["weight_global_scale"] = tensor if weight.spec.scale == "nvfp4_over" else 1.0 / tensor
+        found["weight_scale"] = weight.parts["block"]
+    if weight.spec.kind == "fp4":
+        found["weight_packed"] = pack_bits(weight.codes, 4).view(torch.uint8)[:, : weight.codes.shape[1] // 2]
+    else:
+        found["weight"] = weight.codes
+    return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-def _symmetric(spec: QuantSpec) -> bool:
-    return spec.signed and spec.zero_point == "none"
-
-
-def _offset(spec: QuantSpec) -> int:
-    """What turns a code into the stored number, which counts from 0."""
-    return 1 << (spec.bits - 1) if spec.signed else 0
-
-
-def _container(spec: QuantSpec, given: tuple[QuantSpec, Fields | None] | None) -> str:
-    return INTEGER if given is not None and spec.bits == 8 else PACKED
-
-
-def _scheme(spec: QuantSpec, given: tuple[QuantSpec, Fields | None] | None) -> str:
-    """One config group without its targets, as JSON: layers with the same text share a group."""
-    strategy = spec.granularity
-    if strategy == "tensor" and not _symmetric(spec):
-        strategy = "channel"
-    group: dict[str, Any] = {
-        "format": _container(spec, given),
-        "weights": {
-            "num_bits": spec.bits,
-            "type": "int",
-            "symmetric": _symmetric(spec),
-            "strategy": strategy,
-            "group_size": spec.group_size,
-            "dynamic": False,
-        },
-        "input_activations": None,
-        "output_activations": None,
-    }
-    if given is not None:
-        static = given[1] is not None
-        group["input_activations"] = {
-            "num_bits": given[0].bits,
-            "type": "int",
-            "symmetric": given[0].zero_point == "none",
-            "strategy": given[0].granularity,
-            "group_size": None,
-            "dynamic": not static,
-        }
-    return json.dumps(group, sort_keys=True)
+def _floats(packed: dict[str, Tensor], spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> QTensor:
+    rows, columns = layout.rows_shape
+    codes, scale, parts = packed.get("weight"), packed["weight_scale"], {}
+    if codes is None:
+        words = torch.zeros(rows, words_per_row(columns, 4) * 4, dtype=torch.uint8)
+        words[:, : columns // 2] = packed["weight_packed"]
+        codes = unpack_bits(words.view(torch.int32), 4, columns).to(torch.uint8)
+    if spec.scale == "e8m0":
+        scale = scale.view(spec.scale_grid.dtype)
+    elif isinstance(spec.scale_grid, TwoLevel):
+        tensor = packed["weight_global_scale"]
+        parts = {"block": scale, "tensor": tensor if spec.scale == "nvfp4_over" else 1.0 / tensor}
+        scale = spec.scale_grid.decode(parts)[0]
+    else:
+        scale = scale.float().to(spec.scale_grid.dtype)
+    return QTensor(codes, scale.reshape(-1, scale.shape[-1]), None, None, spec, layout, out_dtype, parts)
 
 
 def _static_input(layer: str, given: tuple[QuantSpec, Fields | None] | None, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -260,31 +269,5 @@ def _static_input(layer: str, given: tuple[QuantSpec, Fields | None] | None, dty
     found = {"input_scale": scale}
     if fields.zero is not None:
         half = 1 << (spec.bits - 1)
-        found["input_zero_point"] = (fields.zero.reshape(1) + _offset(spec) - half).to(torch.int8)
+        found["input_zero_point"] = (fields.zero.reshape(1) + offset_of(spec) - half).to(torch.int8)
     return found
-
-
-def _group(layer: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The scheme of a layer, or of every Linear. Raises ExportError if config.json has none."""
-    try:
-        groups = config["quantization_config"]["config_groups"].values()
-        found = {target: group for group in groups for target in group["targets"]}
-    except (KeyError, TypeError, AttributeError):
-        raise ExportError("config.json holds a quantization_config without config groups") from None
-    if not (layer in found or "Linear" in found):
-        raise ExportError(f"config.json names no config group for the quantized layer {layer}")
-    return found.get(layer) or found["Linear"]  # type: ignore[no-any-return]
-
-
-def _spec(scheme: dict[str, Any], scale: Tensor) -> QuantSpec:
-    """The grid that a scheme and the dtype of its scale describe."""
-    weights = scheme["weights"]
-    symmetric = weights["symmetric"]
-    return QuantSpec(
-        bits=weights["num_bits"],
-        signed=symmetric,
-        granularity=weights["strategy"],
-        group_size=weights["group_size"] or None,
-        zero_point="none" if symmetric else "int",
-        scale={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[scale.dtype],
-    )
