@@ -80,11 +80,17 @@ def read_layers(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
             with safe_open(path, framework="pt") as file:
                 modules: dict[str, list[str]] = {}
                 for key in file.keys():  # noqa: SIM118  (a safetensors handle, not a dict)
-                    modules.setdefault(key.rpartition(".")[0], []).append(key)
+                    modules.setdefault(_module_of(key), []).append(key)
                 for module, keys in modules.items():
-                    yield module, {key.rpartition(".")[2]: file.get_tensor(key) for key in keys}
+                    yield module, {key.removeprefix(f"{module}."): file.get_tensor(key) for key in keys}
         except (SafetensorError, OSError) as problem:
             raise ExportError(f"{path} is not a safetensors file that can be read ({problem})") from None
+
+
+def _module_of(key: str) -> str:
+    """Of a tensor's name; what belongs to a weight (`layer.weight.absmax`) belongs to the layer."""
+    module, belongs, _ = key.partition(".weight.")
+    return module if belongs else key.rpartition(".")[0]
 
 
 def model_dtype(module: nn.Module) -> torch.dtype:

@@ -119,7 +119,7 @@ class HfFormat(Format):
         if not isinstance(config.get("quantization_config"), dict):
             raise ExportError(f"{folder / 'config.json'} holds no quantization_config")
         for layer, tensors in hf_folder.read_layers(folder):
-            if self.mark in tensors:
+            if self.quantized(tensors):
                 try:
                     weight = self.weight(layer, tensors, config)
                 except ExportError as problem:
@@ -132,6 +132,10 @@ class HfFormat(Format):
                 tensors = {key: tensor for key, tensor in tensors.items() if not self.of_weight(key)}
             for key, tensor in tensors.items():
                 yield Stored(f"{layer}.{key}" if layer else key, tensor, None)
+
+    def quantized(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether these are the tensors of a quantized layer, by their local names."""
+        return self.mark in tensors
 
     def of_weight(self, key: str) -> bool:
         """Whether a quantized layer's tensor of this local name is part of its weight."""
