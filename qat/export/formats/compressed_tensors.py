@@ -201,6 +201,8 @@ class CompressedTensors(HfFormat):
 
     def weight(self, layer: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
         scheme = group_of(layer, config)
+        if "weight_shape" in tensors:
+            _check_shape(tensors, scheme["weights"]["num_bits"])
         if not self.installed():
             scale = tensors["weight_scale"]
             if "weight_shape" in tensors:
@@ -253,6 +255,14 @@ def _floats(packed: dict[str, Tensor], spec: QuantSpec, layout: Layout, out_dtyp
     else:
         scale = scale.float().to(spec.scale_grid.dtype)
     return QTensor(codes, scale.reshape(-1, scale.shape[-1]), None, None, spec, layout, out_dtype, parts)
+
+
+def _check_shape(tensors: dict[str, Tensor], bits: int) -> None:
+    """The consumer takes what it finds. Raises ValueError if the stored shape is not that of the packed weight."""
+    rows, columns = tensors["weight_shape"].tolist()
+    packed = tuple(tensors["weight_packed"].shape)
+    if packed != (rows, words_per_row(columns, bits)):
+        raise ValueError(f"weight_shape says {[rows, columns]}, weight_packed is {list(packed)}")
 
 
 def _static_input(layer: str, given: tuple[QuantSpec, Fields | None] | None, dtype: torch.dtype) -> dict[str, Tensor]:
