@@ -158,6 +158,12 @@ def layer_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
+def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a tensor of a file has this dtype and shape."""
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+
+
 def targets(stream: TensorStream) -> dict[str, QuantSpec]:
     """Quantized layer -> spec of its weight, those that are tied to another included."""
     specs = {entry.name: entry.spec for entry in stream.entries if entry.spec is not None}

@@ -31,7 +31,7 @@ from torch import Tensor
 from qat.convert import Bundle
 from qat.export import hf_folder
 from qat.export.format import TensorStream
-from qat.export.hf_format import HOLDS, KEEP, HfFormat, targets
+from qat.export.hf_format import HOLDS, KEEP, HfFormat, expect, targets
 from qat.export.packing import pack_bits, unpack_bits, words_per_row
 from qat.fake_quant_kernels.codebook import BNB_FP4, NF4
 from qat.fake_quant_kernels.two_level import SUPER, dynamic_map
@@ -124,13 +124,13 @@ class BitsAndBytes(HfFormat):
         """Raises ValueError for tensors that are not those of such a weight."""
         rows, columns = layout.rows_shape
         if spec.kind not in _FOUR:
-            _expect("weight", packed["weight"], torch.int8, (rows, columns))
-            _expect("SCB", packed["SCB"], torch.float32, (rows,))
+            expect("weight", packed["weight"], torch.int8, (rows, columns))
+            expect("SCB", packed["SCB"], torch.float32, (rows,))
             scale = (packed["SCB"] * (1.0 / 127.0)).reshape(-1, 1).to(spec.scale_grid.dtype)
             return QTensor(packed["weight"], scale, None, None, spec, layout, out_dtype)
         kind, order = _FOUR[spec.kind]
         groups = columns // (spec.group_size or columns)
-        _expect("weight", packed["weight"], torch.uint8, (rows * columns // 2, 1))
+        expect("weight", packed["weight"], torch.uint8, (rows * columns // 2, 1))
         if not torch.equal(packed["weight.quant_map"], _table(kind)):
             raise ValueError(f"quant_map is not the table of {kind}")
         words = torch.zeros(rows, words_per_row(columns, 4) * 4, dtype=torch.uint8)
@@ -141,8 +141,8 @@ class BitsAndBytes(HfFormat):
         codes[torch.tensor(order)] = torch.arange(len(order), dtype=torch.uint8)
         parts = {}
         if isinstance(spec.scale_grid, TwoLevel):
-            _expect("absmax", packed["weight.absmax"], torch.uint8, (rows * groups,))
-            _expect("nested_absmax", packed["weight.nested_absmax"], torch.float32, (-(-rows * groups // SUPER),))
+            expect("absmax", packed["weight.absmax"], torch.uint8, (rows * groups,))
+            expect("nested_absmax", packed["weight.nested_absmax"], torch.float32, (-(-rows * groups // SUPER),))
             if not torch.equal(packed["weight.nested_quant_map"], dynamic_map()):
                 raise ValueError("nested_quant_map is not the dynamic map of 8 bits")
             offset = torch.tensor([float(_state(packed)["nested_offset"])])
@@ -150,7 +150,7 @@ class BitsAndBytes(HfFormat):
             parts = {"absmax": absmax, "nested": packed["weight.nested_absmax"], "offset": offset}
             scale = spec.scale_grid.decode(parts)[0]
         else:
-            _expect("absmax", packed["weight.absmax"], torch.float32, (rows * groups,))
+            expect("absmax", packed["weight.absmax"], torch.float32, (rows * groups,))
             scale = packed["weight.absmax"].reshape(rows, groups).to(spec.scale_grid.dtype)
         return QTensor(codes[places.int()], scale, None, None, spec, layout, out_dtype, parts)
 
@@ -284,8 +284,3 @@ def _shape(state: dict[str, Any]) -> tuple[int, int]:
     if not all(type(size) is int and size > 0 for size in (rows, columns)) or columns % state["blocksize"]:
         raise ValueError(f"shape {state['shape']} is not one of rows of whole blocks")
     return rows, columns
-
-
-def _expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
