@@ -30,6 +30,14 @@ GRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ternary": ("compressed-tensors", {"grid": "ternary", "bits": 2}),
     "uint4": ("compressed-tensors", {"bits": 4, "zero_point": "int"}),
     "int8 by tensor": ("compressed-tensors", {"bits": 8, "granularity": "tensor", "group_size": None}),
+    "fp8": ("compressed-tensors", {"grid": "e4m3", "bits": 8, **BY_ROW}),
+    "mxfp4": ("compressed-tensors", {"grid": "fp4", "bits": 4, "scale": "e8m0"}),
+    "nvfp4": ("compressed-tensors", {"grid": "fp4", "bits": 4, "scale": "nvfp4_portable", "group_size": 16}),
+    "nf4": ("bitsandbytes", {"grid": "nf4", "bits": 4, "scale": "fp32"}),
+    "bnb fp4": ("bitsandbytes", {"grid": "bnb_fp4", "bits": 4}),
+    "bnb int8": ("bitsandbytes", {"bits": 8, "narrow": True, **BY_ROW}),
+    "modelopt int4": ("modelopt", {"bits": 4}),
+    "modelopt nvfp4": ("modelopt", {"grid": "fp4", "bits": 4, "scale": "nvfp4_portable", "group_size": 16}),
 }
 IDS = torch.randint(0, 320, (2, 12), generator=torch.Generator().manual_seed(1))
 

@@ -38,7 +38,7 @@ from qat.fake_quant_kernels.two_level import SUPER, dynamic_map
 from qat.layout import Layout
 from qat.plan import PlanRow
 from qat.qtensor import Fields, QTensor
-from qat.scales import TwoLevel
+from qat.scales import SCALE_GRIDS, TwoLevel
 from qat.specs import QuantSpec
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -139,8 +139,10 @@ class BitsAndBytes(HfFormat):
         # both zeros of fp4 are ours
         codes = torch.full((16,), order.index(0), dtype=torch.uint8)
         codes[torch.tensor(order)] = torch.arange(len(order), dtype=torch.uint8)
+        nested = SCALE_GRIDS["bnb_nested"]
+        assert isinstance(nested, TwoLevel)
         parts = {}
-        if isinstance(spec.scale_grid, TwoLevel):
+        if "weight.nested_absmax" in packed:
             expect("absmax", packed["weight.absmax"], torch.uint8, (rows * groups,))
             expect("nested_absmax", packed["weight.nested_absmax"], torch.float32, (-(-rows * groups // SUPER),))
             if not torch.equal(packed["weight.nested_quant_map"], dynamic_map()):
@@ -148,10 +150,15 @@ class BitsAndBytes(HfFormat):
             offset = torch.tensor([float(_state(packed)["nested_offset"])])
             absmax = packed["weight.absmax"].reshape(rows, groups)
             parts = {"absmax": absmax, "nested": packed["weight.nested_absmax"], "offset": offset}
-            scale = spec.scale_grid.decode(parts)[0]
+            scale = nested.decode(parts)[0]
         else:
             expect("absmax", packed["weight.absmax"], torch.float32, (rows * groups,))
-            scale = packed["weight.absmax"].reshape(rows, groups).to(spec.scale_grid.dtype)
+            scale = packed["weight.absmax"].reshape(rows, groups)
+        if spec.scale_grid is not nested:
+            # a training that starts from a file with nested scales may go on with plain ones
+            scale, parts = scale.to(spec.scale_grid.dtype), {}
+        elif not parts:
+            raise ValueError("absmax is not quantized again")
         return QTensor(codes[places.int()], scale, None, None, spec, layout, out_dtype, parts)
 
     # ---- the files -----------------------------------------------------------------------------------------------
@@ -197,8 +204,7 @@ class BitsAndBytes(HfFormat):
             state = _state(tensors)
             rows, columns = _shape(state)
             kind = next(ours for ours, (theirs, _) in _FOUR.items() if theirs == state["quant_type"])
-            scale = "bnb_nested" if "weight.nested_absmax" in tensors else "fp32"
-            spec = QuantSpec(4, kind=kind, granularity="group", group_size=state["blocksize"], scale=scale)
+            spec = QuantSpec(4, kind=kind, granularity="group", group_size=state["blocksize"], scale="fp32")
             dtype = _DTYPES[state["dtype"]]
         found = self.unpack(tensors, spec, Layout((rows, columns)), dtype)
         if not self.installed():

@@ -25,6 +25,7 @@ from qat.errors import ExportError
 from qat.export import export
 from qat.export.formats.bitsandbytes import BLOCKS, BitsAndBytes
 from qat.fake_quant_kernels.codebook import BNB_FP4
+from qat.init.file import start_from_file
 from qat.layout import Layout
 from qat.plan import PlanRow
 from qat.qtensor import QTensor
@@ -142,6 +143,34 @@ def test_a_head_in_float_and_a_head_in_4_bits(make_model: Any, quantize: Any, tm
         loaded = load(tmp_path / str(kept))
         assert_same_weights(loaded, bundle)
         assert type(loaded.lm_head).__name__ == ("Linear" if kept else "Linear4bit")
+
+
+@pytest.mark.consumer
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_training_starts_from_a_folder_of_its_own(
+    kind: str, nested: bool, make_model: Any, quantize: Any, tmp_path: Path
+) -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    make_model(intermediate_size=128).save_pretrained(tmp_path / "float")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=nested
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=config, dtype=torch.float32, device_map="cpu"
+    )
+    theirs.save_pretrained(tmp_path / "packed")
+    model = make_model(intermediate_size=128)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    # of double quantization the scales that it comes to; a mean of its own would move them
+    grid = {"nf4": GRIDS["nf4"], "fp4": GRIDS["fp4"]}[kind]
+    bundle = quantize(model, {**grid, "quantizer": "lsq"}, head=KEEP_HEAD)
+    assert sorted(start_from_file(model, tmp_path / "packed")) == sorted(bundle)
+    for name, ours in bundle.items():
+        weight = theirs.get_submodule(name.rpartition(".")[0]).weight
+        assert torch.equal(ours.dequantize(), bnb.functional.dequantize_4bit(weight.data, weight.quant_state)), name
 
 
 @pytest.mark.consumer
