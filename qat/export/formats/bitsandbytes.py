@@ -147,7 +147,10 @@ class BitsAndBytes(HfFormat):
             expect("nested_absmax", packed["weight.nested_absmax"], torch.float32, (-(-rows * groups // SUPER),))
             if not torch.equal(packed["weight.nested_quant_map"], dynamic_map()):
                 raise ValueError("nested_quant_map is not the dynamic map of 8 bits")
-            offset = torch.tensor([float(_state(packed)["nested_offset"])])
+            state = _state(packed)
+            if state["nested_blocksize"] != SUPER:
+                raise ValueError(f"nested_blocksize is {state['nested_blocksize']!r}, not {SUPER}")
+            offset = torch.tensor([float(state["nested_offset"])])
             absmax = packed["weight.absmax"].reshape(rows, groups)
             parts = {"absmax": absmax, "nested": packed["weight.nested_absmax"], "offset": offset}
             scale = nested.decode(parts)[0]
@@ -208,7 +211,10 @@ class BitsAndBytes(HfFormat):
             dtype = _DTYPES[state["dtype"]]
         found = self.unpack(tensors, spec, Layout((rows, columns)), dtype)
         if not self.installed():
-            return found.dequantize()
+            if "SCB" not in tensors:
+                return found.dequantize()
+            # as it computes, also for a file whose scales would be others here
+            return (tensors["weight"] * tensors["SCB"].reshape(-1, 1) * (1.0 / 127.0)).to(dtype)
         from bitsandbytes import functional
 
         if "SCB" in tensors:

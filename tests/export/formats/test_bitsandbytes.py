@@ -289,6 +289,33 @@ def test_our_own_unpacking_reads_the_same(
         assert {row.reader for row in verify(tmp_path / str(number))} == {"qat"}
 
 
+# Each of these would have the consumer's kernels read beyond a tensor's end. Turned red by no check of the state.
+def test_states_that_do_not_fit_their_tensors() -> None:
+    words = {"kind" if key == "grid" else key: value for key, value in GRIDS["nf4 nested"].items()}
+    spec = QuantSpec(**{**words, "granularity": "group"})
+    w = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    packed = BitsAndBytes().pack("x.weight", make_quantizer(spec, Layout((4, 128))).integers(w))
+    (key,) = (key for key in packed if "quant_state" in key)
+    good = json.loads(bytes(packed[key].tolist()))
+    for change in (
+        {"nested_blocksize": 1},
+        {"nested_blocksize": 64},
+        {"blocksize": 32},
+        {"blocksize": True},
+        {"shape": [4, 1280]},
+        {"shape": [4000000, 128]},
+        {"shape": [-4, -128]},
+        {"shape": [512]},
+        {"dtype": "int8"},
+        {"quant_type": "fp4"},
+        {"nested_offset": "x"},
+    ):
+        text = bytearray(json.dumps({**good, **change}).encode())
+        bad = {**packed, key: torch.frombuffer(text, dtype=torch.uint8)}
+        with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
+            BitsAndBytes().weight("x", bad, {})
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["consumer", "own"])
 def test_damaged_files(
     own: bool, make_model: Any, quantize: Any, attack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
