@@ -2,7 +2,8 @@
 # make demo    trains, exports and reads back a small model: runs/demo/report.html and runs/demo/results.json
 # make test    the whole test suite
 # make lint    ruff and mypy
-# make docs    tables and picture of README and docs/cost.md from benchmarks/results/{demo,cpu,backward}.json
+# make docs    tables and picture of README and docs/ from benchmarks/results/*.json
+# make formats the tests of all formats; what they proved: benchmarks/results/formats.json and docs/formats.md
 # make bench-cpu   QAT step over float step, beside other libraries, one thread: benchmarks/results/cpu.json (45 minutes)
 # make bench-quality   KL to the float model beside GPTQ and other libraries' QAT: benchmarks/results/quality.json (60
 #              minutes on two cores; BENCH_ARGS=--quick: 5 minutes, fewer methods, no file unless --out names one)
@@ -46,7 +47,7 @@ else ifneq (ok,$(shell $(BIN)/python -c 'print("ok")' 2>/dev/null))
 $(STAMP): FORCE
 endif
 
-.PHONY: help setup demo test lint docs bench-cpu bench-quality bench-gpu aot clean FORCE
+.PHONY: help setup demo test lint docs formats bench-cpu bench-quality bench-gpu aot clean FORCE
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -88,6 +89,13 @@ lint: setup
 
 docs: setup
 	$(BIN)/python docs/readme_results.py
+	$(BIN)/python docs/formats_table.py
+
+formats: setup
+	mkdir -p runs
+	rm -f runs/proofs.jsonl
+	QAT_PROOFS=$(CURDIR)/runs/proofs.jsonl OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests/export
+	$(BIN)/python docs/formats_table.py runs/proofs.jsonl
 
 # The other libraries pin versions of their own (setuptools, for one), so they have a .venv of their own.
 BENCH := .venv-bench

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +15,55 @@ import torch
 import transformers
 
 import qat
+from qat.export.format import Format, Row, read_back
+from qat.export.receipt import TensorRecord
 from qat.recipes import from_dict
+from qat.specs import QuantSpec
 
 GROUPS_OF_32 = {"granularity": "group", "group_size": 32, "quantizer": "absmax"}
 CORPUS = [
     "def f(x, y):\n    return x + y  # it's the sum\n\n" * 4,
     "for i in range(10):\n\tprint(i, 'and', 1234)\n" * 4,
 ]
+
+
+def _note(**entry: Any) -> None:
+    """A line in the file that $QAT_PROOFS names; workers share it, one write a line."""
+    with open(os.environ["QAT_PROOFS"], "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def proofs() -> Iterator[None]:
+    """For `make formats`: whatever is read back and compared in a test is noted, by format, grid and reader."""
+
+    def noting(fmt: Format, folder: Path, records: list[TensorRecord], *more: Any) -> list[Row]:
+        rows = read_back(fmt, folder, records, *more)
+        for record in records:
+            if record.spec is not None:
+                grid = str(QuantSpec.from_dict(record.spec)).rpartition(" ")[0]
+                _note(
+                    format=fmt.name, grid=grid, reader=fmt.reader(), dtype=record.dtype, difference=record.max_abs_diff
+                )
+        return rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "QAT_PROOFS" in os.environ:
+            patch.setattr(sys.modules["qat.export"], "read_back", noting)
+        yield
+
+
+@pytest.fixture(scope="session")
+def ran() -> Callable[..., None]:
+    """For `make formats`: a program ran a folder of a format, and how far it was from our model: `kl` in nats per
+    position, or the largest difference of `logits`."""
+
+    def note(format: str, program: str, what: str, **found: float) -> None:
+        ((metric, value),) = found.items()
+        if "QAT_PROOFS" in os.environ:
+            _note(format=format, program=program, what=what, metric=metric, value=float(value))
+
+    return note
 
 
 @pytest.fixture(scope="session")

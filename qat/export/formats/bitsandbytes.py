@@ -58,6 +58,9 @@ class BitsAndBytes(HfFormat):
     """The format of transformers' BitsAndBytesConfig."""
 
     name = "bitsandbytes"
+    bits = "4, 8"
+    contents = "nf4 and bnb_fp4 in groups (also scale: bnb_nested), int8 by channel"
+    consumers = ("bitsandbytes",)
     consumer = ("bitsandbytes", "bitsandbytes")
 
     # ---- what fits -----------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class CompressedTensors(HfFormat):
 
     name = "compressed-tensors"
     bits = "1 to 8"
-    contents = "int and ternary by tensor, channel or group, with or without zero points; int8 inputs; mixed layers"
+    contents = "int, ternary, e4m3, MXFP8, MXFP4, NVFP4; inputs of 8 bits; mixed layers"
     consumers = ("vllm", "transformers", "sglang")
     consumer = ("compressed-tensors", "compressed_tensors")
     mark = "weight_scale"

@@ -50,6 +50,9 @@ class ModelOpt(HfFormat):
     """The format of Model-Optimizer's export_hf_checkpoint."""
 
     name = "modelopt"
+    bits = "4, 8"
+    contents = "e4m3, int8 by channel, int4 in groups, NVFP4; the engine was never run"
+    consumers = ("tensorrt-llm",)
     consumer = ("nvidia-modelopt", "modelopt")
     mark = "weight_scale"
 
