@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qat.adapters import Adapters, refuse_later
 from qat.errors import ExportError, QATError
 from qat.fold.rotate import restructure
-from qat.layers import QATLayer, input_quantizer, weight_quantizers
+from qat.layers import QATLayer, input_quantizer, original_class, weight_quantizers
 from qat.plan import Plan, deployed, has_config
 from qat.prepare import prepare
 from qat.qtensor import QTensor
@@ -148,12 +148,13 @@ class Bundle(Mapping[str, QTensor]):
 
     @property
     def linears(self) -> list[str]:
-        """Names of all Linear layers, quantized or not."""
+        """Names of all Linear and Conv1D layers, quantized or not."""
         inner, name_of = self._adapters.inner, self._adapters.name
         return [
             name_of(name)
             for name, module in self.module.named_modules()
-            if isinstance(module, nn.Linear) and id(module) not in inner
+            if (isinstance(module, nn.Linear) or original_class(module).__name__ == "Conv1D")
+            and id(module) not in inner
         ]
 
 
