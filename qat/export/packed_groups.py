@@ -19,12 +19,17 @@ from torch import Tensor
 
 from qat.convert import Bundle
 from qat.errors import ExportError
+from qat.export import hf_folder
 from qat.export.format import TensorStream
 from qat.export.hf_format import KEEP, HfFormat, layer_of, targets
 from qat.layout import Layout
 from qat.plan import PlanRow
 from qat.qtensor import QTensor
 from qat.specs import QuantSpec
+
+_TYPES = {"linear": "Linear", "transposed": "Conv1D"}
+# codes less zero points, times a scale of this grid, that fp16 holds without rounding
+_EXACT_IN_FP16 = {"portable": 8, "fp16": 1}
 
 
 class Stored(NamedTuple):
@@ -43,12 +48,12 @@ class PackedGroups(HfFormat):
     mark = "qweight"
     bits: ClassVar[tuple[int, ...]]
     groups: ClassVar[tuple[int, ...]]
-    kinds: ClassVar[dict[str, str]]
+    kinds: ClassVar[tuple[str, ...]]
 
     def row_reasons(self, row: PlanRow) -> list[str]:
         found = []
         if set(row.kinds.values()) - set(self.kinds) or set(row.kinds) - {"weight"}:
-            what = " and ".join(self.kinds.values())
+            what = " and ".join(_TYPES[kind] for kind in self.kinds)
             found.append(f"{self.name} holds quantized {what} layers, not {row.type}; {KEEP}")
         if row.input is not None:
             found.append(f"{self.name} holds no input quantization; set input: null in its rule")
@@ -79,6 +84,13 @@ class PackedGroups(HfFormat):
         outside = [name for name in map(layer_of, bundle) if name != head and not re.search(r"(^|\.)\d+\.", name)]
         if outside:
             found.append(f"{outside[0]}: loaders of {self.name} look for layers in a model's blocks only; {KEEP}")
+        if hf_folder.model_dtype(bundle.module) == torch.float32:
+            wide = next((name for name, spec in bundle.specs().items() if not _exact_in_fp16(spec)), None)
+            if wide is not None:
+                found.append(
+                    f"{wide} and a model in float32: loaders compute weights of {self.name} in float16, which would "
+                    "round them; call model.to(torch.bfloat16) or model.to(torch.float16) before training"
+                )
         return found
 
     def of_weight(self, key: str) -> bool:
@@ -115,6 +127,15 @@ def restored(found: Stored, spec: QuantSpec, layout: Layout, out_dtype: torch.dt
     )
 
 
+def _exact_in_fp16(spec: QuantSpec) -> bool:
+    """Whether every weight of this grid is a number of fp16 (those that overflow are seen when the file is read)."""
+    if not spec.is_int or spec.scale not in _EXACT_IN_FP16:
+        return False
+    grid = spec.int_grid
+    farthest = grid.qmax - grid.qmin if spec.zero_point == "int" else max(-grid.qmin, grid.qmax)
+    return farthest <= _EXACT_IN_FP16[spec.scale]
+
+
 def offset_of(spec: QuantSpec) -> int:
     """What turns a code into the stored number, which counts from 0."""
     return 1 << (spec.bits - 1) if spec.signed else 0
@@ -134,13 +155,22 @@ def head_of(bundle: Bundle) -> str | None:
     """Name of the output head of a language model."""
     get = getattr(bundle.module, "get_output_embeddings", None)
     head = get() if get is not None else None
-    return next((name for name, module in bundle.module.named_modules() if module is head), None) if head else None
+    return (
+        next((name for name, module in bundle.module.named_modules() if module is head), None)
+        if head is not None
+        else None
+    )
 
 
 def left_in_float(stream: TensorStream) -> list[str]:
     """Layers of a kind that could be quantized and is not, the output head apart: loaders leave that alone."""
     quantized, head = targets(stream), head_of(stream.bundle)
     return [name for name in stream.bundle.linears if name not in quantized and name != head]
+
+
+def exactly(layer: str) -> str:
+    """A regular expression of one name."""
+    return f"^{re.escape(layer)}$"
 
 
 def number(config: dict[str, Any], key: str) -> int:
@@ -164,14 +194,17 @@ def check_tensor(
     return found
 
 
-def model_dtype(config: dict[str, Any]) -> torch.dtype:
-    """The dtype that config.json asks for. Raises ExportError if no model is loaded in it."""
+def dtypes(config: dict[str, Any]) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of the model that config.json asks for, dtype in which its weights are computed).
+
+    Raises ExportError if no model is loaded in it.
+    """
     found = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}.get(
         str(config.get("dtype"))
     )
     if found is None:
         raise ExportError(f"config.json has dtype={config.get('dtype')!r}; float32, float16 or bfloat16 is needed")
-    return found
+    return found, torch.float16 if found == torch.float32 else found
 
 
 def transposed_layers(config: dict[str, Any]) -> list[str]:

@@ -16,7 +16,6 @@ Layers of other grids than most are listed in `dynamic`, those left in float in 
 from __future__ import annotations
 
 import json
-import re
 import stat
 from collections import Counter
 from pathlib import Path
@@ -35,10 +34,11 @@ from qat.export.packed_groups import (
     PackedGroups,
     Stored,
     check_tensor,
+    dtypes,
+    exactly,
     group_of,
     head_of,
     left_in_float,
-    model_dtype,
     number,
     quietly,
     restored,
@@ -63,7 +63,7 @@ class Gptq(PackedGroups):
     name = "gptq"
     bits = (2, 3, 4, 8)
     groups = (16, 32, 64, 128, 256, 512, 1024)
-    kinds = {"linear": "Linear", "transposed": "Conv1D"}
+    kinds = ("linear", "transposed")
 
     def __init__(self) -> None:
         # of the file that is being written: a zero point of 0 went into it; layers whose weight lies as [in, out]
@@ -131,8 +131,8 @@ class Gptq(PackedGroups):
         grids = {layer: _grid(spec) for layer, spec in quantized.items()}
         base = json.loads(Counter(json.dumps(grid) for grid in grids.values()).most_common(1)[0][0])
         floats = left_in_float(stream)
-        dynamic = {f"+:{_exactly(layer)}": grid for layer, grid in grids.items() if grid != base}
-        dynamic |= {f"-:{_exactly(layer)}": {} for layer in floats}
+        dynamic = {f"+:{exactly(layer)}": grid for layer, grid in grids.items() if grid != base}
+        dynamic |= {f"-:{exactly(layer)}": {} for layer in floats}
         every = all(map(symmetric, quantized.values()))
         found: dict[str, Any] = {
             "quant_method": "gptq",
@@ -166,28 +166,30 @@ class Gptq(PackedGroups):
         g_idx = tensors.get("g_idx")
         inputs = 0 if g_idx is None else g_idx.numel()
         outputs = tensors["scales"].shape[-1] if "scales" in tensors else 0
-        groups = -(-inputs // size) if size > 0 else 1
+        if size > 0 and inputs % size:
+            raise ExportError(f"{layer} has {inputs} inputs, which are no whole groups of {size}")
+        groups = inputs // size if size > 0 else 1
         words = words_per_row(outputs, bits)
         check_tensor(layer, tensors, "g_idx", torch.int32, (inputs,))
         check_tensor(layer, tensors, "scales", torch.float16, (groups, outputs))
         check_tensor(layer, tensors, "qweight", torch.int32, (words_per_row(inputs, bits), outputs))
         check_tensor(layer, tensors, "qzeros", torch.int32, (groups, words))
-        dtype = model_dtype(config)
+        dtype, computed = dtypes(config)
         if self.installed():
-            weight = _by_gptqmodel(tensors, bits, size, version, dtype)
+            weight = _by_gptqmodel(tensors, bits, size, version, computed)
         else:
             if version == V1:
                 tensors = tensors | {"qzeros": _moved(tensors["qzeros"], bits, outputs, 1)}
             grouped = {"granularity": "group", "group_size": inputs // groups}
             spec = QuantSpec(bits=bits, signed=False, zero_point="int", quantizer="minmax", scale="fp16", **grouped)
-            weight = self.unpack(tensors, spec, Layout((outputs, inputs)), dtype).dequantize()
-        return weight.T.contiguous() if layer in transposed_layers(config) else weight
+            weight = self.unpack(tensors, spec, Layout((outputs, inputs)), computed).dequantize()
+        return (weight.T.contiguous() if layer in transposed_layers(config) else weight).to(dtype)
 
 
 def _settings(layer: str, config: dict[str, Any]) -> tuple[int, int, str]:
     """(bits, group size, version) of a layer. Raises ExportError for a configuration that says nothing of the kind."""
     dynamic = config.get("dynamic") or {}
-    own = dynamic.get(f"+:{_exactly(layer)}", {}) if isinstance(dynamic, dict) else None
+    own = dynamic.get(f"+:{exactly(layer)}", {}) if isinstance(dynamic, dict) else None
     if not isinstance(own, dict):
         raise ExportError(f"config.json has no mapping of settings for {layer} in its dynamic")
     settings = {**config, **own}
@@ -233,8 +235,3 @@ def _moved(qzeros: Tensor, bits: int, outputs: int, by: int) -> Tensor:
 
 def _grid(spec: QuantSpec) -> dict[str, Any]:
     return {"bits": spec.bits, "group_size": group_of(spec), "sym": symmetric(spec)}
-
-
-def _exactly(layer: str) -> str:
-    """A regular expression of one name."""
-    return f"^{re.escape(layer)}$"
