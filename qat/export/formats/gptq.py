@@ -170,7 +170,9 @@ class Gptq(PackedGroups):
             raise ExportError(f"{layer} has {inputs} inputs, which are no whole groups of {size}")
         groups = inputs // size if size > 0 else 1
         words = words_per_row(outputs, bits)
-        check_tensor(layer, tensors, "g_idx", torch.int32, (inputs,))
+        order = check_tensor(layer, tensors, "g_idx", torch.int32, (inputs,))
+        if inputs and not 0 <= int(order.min()) <= int(order.max()) < groups:
+            raise ExportError(f"{layer}.g_idx names groups beyond the {groups} that there are")
         check_tensor(layer, tensors, "scales", torch.float16, (groups, outputs))
         check_tensor(layer, tensors, "qweight", torch.int32, (words_per_row(inputs, bits), outputs))
         check_tensor(layer, tensors, "qzeros", torch.int32, (groups, words))
