@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.convert import Bundle
 from qat.errors import ExportError
@@ -84,6 +84,12 @@ class PackedGroups(HfFormat):
         outside = [name for name in map(layer_of, bundle) if name != head and not re.search(r"(^|\.)\d+\.", name)]
         if outside:
             found.append(f"{outside[0]}: loaders of {self.name} look for layers in a model's blocks only; {KEEP}")
+        experts = next((name for name, module in bundle.module.named_modules() if _fused_experts(module)), None)
+        if experts is not None:
+            found.append(
+                f"{experts}: {self.consumer[0]} takes experts that are one tensor apart and loses those of the file; "
+                "use the format compressed-tensors"
+            )
         if hf_folder.model_dtype(bundle.module) == torch.float32:
             wide = next((name for name, spec in bundle.specs().items() if not _exact_in_fp16(spec)), None)
             if wide is not None:
@@ -127,6 +133,11 @@ def restored(found: Stored, spec: QuantSpec, layout: Layout, out_dtype: torch.dt
     )
 
 
+def _fused_experts(module: nn.Module) -> bool:
+    """Whether a module holds the weights of several experts as one tensor."""
+    return "Experts" in type(module).__name__ and any(p.dim() == 3 for p in module.parameters(recurse=False))
+
+
 def _exact_in_fp16(spec: QuantSpec) -> bool:
     """Whether every weight of this grid is a number of fp16 (those that overflow are seen when the file is read)."""
     if not spec.is_int or spec.scale not in _EXACT_IN_FP16:
@@ -134,6 +145,11 @@ def _exact_in_fp16(spec: QuantSpec) -> bool:
     grid = spec.int_grid
     farthest = grid.qmax - grid.qmin if spec.zero_point == "int" else max(-grid.qmin, grid.qmax)
     return farthest <= _EXACT_IN_FP16[spec.scale]
+
+
+def unsigned_grid(bits: int, group_size: int) -> QuantSpec:
+    """Of a file's codes as they are stored, whatever grid they came from."""
+    return QuantSpec(bits, False, False, "group", group_size, "int", "fp16", "minmax")
 
 
 def offset_of(spec: QuantSpec) -> int:

@@ -33,6 +33,7 @@ from qat.export.packed_groups import (
     quietly,
     restored,
     stored,
+    unsigned_grid,
 )
 from qat.export.packing import pack_bits, unpack_bits
 from qat.layout import Layout
@@ -118,8 +119,7 @@ class Awq(PackedGroups):
                 from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
             parts = (tensors["qweight"], tensors["qzeros"], tensors["scales"].to(computed), BITS, inputs // groups)
             return dequantize_gemm(*parts).T.contiguous().to(dtype)  # type: ignore[no-any-return]
-        grouped = {"granularity": "group", "group_size": inputs // groups}
-        spec = QuantSpec(bits=BITS, signed=False, zero_point="int", quantizer="minmax", scale="fp16", **grouped)
+        spec = unsigned_grid(BITS, inputs // groups)
         return self.unpack(tensors, spec, Layout((outputs, inputs)), computed).dequantize().to(dtype)
 
 

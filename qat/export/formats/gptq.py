@@ -16,6 +16,7 @@ Layers of other grids than most are listed in `dynamic`, those left in float in 
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections import Counter
 from pathlib import Path
@@ -45,6 +46,7 @@ from qat.export.packed_groups import (
     stored,
     symmetric,
     transposed_layers,
+    unsigned_grid,
 )
 from qat.export.packing import pack_bits, unpack_bits, words_per_row
 from qat.layout import Layout
@@ -80,6 +82,13 @@ class Gptq(PackedGroups):
 
     def model_reasons(self, bundle: Bundle, tokenizer: Any) -> list[str]:
         found = super().model_reasons(bundle, tokenizer)
+        if getattr(bundle.module, "main_input_name", "input_ids") != "input_ids":
+            found.append("transformers loads gptq models of text only; use the format compressed-tensors")
+        stacks = _stacks([layer_of(name) for name in bundle])
+        if len(stacks) > 1:
+            found.append(
+                f"layers in {' and '.join(stacks)}: transformers finds gptq layers in one stack of blocks only"
+            )
         rows = [row for row in bundle.plan.rows if row.weight is not None and row.weight.bits == 3 and row.columns]
         odd = next((row for row in rows if row.params // row.columns % 32), None)
         if odd is not None:
@@ -148,6 +157,8 @@ class Gptq(PackedGroups):
             found["meta"]["transposed"] = self._transposed
         if dynamic:
             found["dynamic"] = dynamic
+        for stack in _stacks(list(quantized)):
+            found["block_name_to_quantize"] = stack
         if floats:
             found["modules_in_block_to_quantize"] = [sorted(quantized)]
         return found
@@ -182,8 +193,7 @@ class Gptq(PackedGroups):
         else:
             if version == V1:
                 tensors = tensors | {"qzeros": _moved(tensors["qzeros"], bits, outputs, 1)}
-            grouped = {"granularity": "group", "group_size": inputs // groups}
-            spec = QuantSpec(bits=bits, signed=False, zero_point="int", quantizer="minmax", scale="fp16", **grouped)
+            spec = unsigned_grid(bits, inputs // groups)
             weight = self.unpack(tensors, spec, Layout((outputs, inputs)), computed).dequantize()
         return (weight.T.contiguous() if layer in transposed_layers(config) else weight).to(dtype)
 
@@ -216,7 +226,7 @@ def _by_gptqmodel(tensors: dict[str, Tensor], bits: int, size: int, version: str
     kernel.scales = kernel.scales.to(dtype)
     if version == V1:
         convert_gptq_v1_to_v2_format_module(kernel, bits, kernel.pack_dtype)
-    return kernel.dequantize_weight().T.contiguous()
+    return kernel.dequantize_weight().T.contiguous()  # type: ignore[no-any-return]
 
 
 def _to_version_2(path: Path, bits: dict[str, int]) -> None:
@@ -233,6 +243,12 @@ def _to_version_2(path: Path, bits: dict[str, int]) -> None:
 def _moved(qzeros: Tensor, bits: int, outputs: int, by: int) -> Tensor:
     """Zero points of version 2 as version 1 stores them (by = -1), or the other way round (by = 1)."""
     return pack_bits((unpack_bits(qzeros, bits, outputs) + by) & ((1 << bits) - 1), bits)
+
+
+def _stacks(layers: list[str]) -> list[str]:
+    """What the names of layers have in front of the number of their block."""
+    found = (re.match(r"(.+?)\.\d+\.", layer) for layer in layers)
+    return sorted({match[1] for match in found if match})
 
 
 def _grid(spec: QuantSpec) -> dict[str, Any]:

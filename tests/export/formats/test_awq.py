@@ -161,6 +161,18 @@ def test_layers_in_float_biases_and_shards(
     assert again("x + y")["input_ids"] == tokenizer("x + y")["input_ids"]
 
 
+@pytest.mark.consumer
+def test_an_encoder(quantize: Any, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, vocab_size=320, initializer_range=0.15))
+    bundle = quantize(model.half().eval(), {"bits": 4}, keep={"match": ["cls.*"], "keep_float": True})
+    export(bundle, tmp_path / "out", "awq")
+    loaded = by_transformers(tmp_path / "out", torch.float16, type(model))
+    assert_same_weights(loaded, bundle)
+    assert_same_outputs(loaded, model)
+
+
 # Turned red by an offset, a stride or an order of our own unpacking.
 def test_our_own_unpacking_reads_the_same(
     make_model: Any, quantize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

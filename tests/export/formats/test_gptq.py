@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,6 +235,31 @@ def test_conv1d(own: bool, quantize: Any, tokenizer: Any, tmp_path: Path, monkey
         assert_same_outputs(loaded, model)
 
 
+ENCODER = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "BertForMaskedLM": ("BertConfig", {**ENCODER, "vocab_size": 320}),
+    "OPTForCausalLM": (
+        "OPTConfig",
+        {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 4},
+    ),
+}
+
+
+# Turned red by no block_name_to_quantize, which BERT needs, or a wrong one.
+@pytest.mark.consumer
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_other_architectures(name: str, quantize: Any, tokenizer: Any, tmp_path: Path) -> None:
+    config, sizes = OTHERS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**sizes, initializer_range=0.15)).half().eval()
+    keep = {"match": ["cls.*", "*lm_head"], "keep_float": True}
+    bundle = quantize(model, {"bits": 4}, keep=keep)
+    export(bundle, tmp_path / "out", "gptq", tokenizer=tokenizer)
+    loaded = by_transformers(tmp_path / "out", torch.float16, type(model))
+    assert_same_weights(loaded, bundle)
+    assert_same_outputs(loaded, model)
+
+
 def shifted(bundle: qat.Bundle) -> None:
     """One group with weights above zero only, so that its zero point is 0."""
     with torch.no_grad():
@@ -332,7 +358,8 @@ def test_refusals(make_model: Any, quantize: Any, tmp_path: Path) -> None:
         hidden_size=64, intermediate_size=72, num_hidden_layers=1, num_attention_heads=4, vocab_size=64
     )
     float_zero = {"bits": 4, "zero_point": "float", "signed": False, "quantizer": "minmax"}
-    encoder = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
+    vit = transformers.ViTModel(transformers.ViTConfig(**ENCODER, image_size=16, patch_size=8), add_pooling_layer=False)
     cases = {
         r"scale=fp16 does not fit a model in torch\.bfloat16": (make_model(**half), {"bits": 4, "scale": "fp16"}),
         r"scale=bf16: gptq stores scales in fp16; use scale: portable": (make_model(), {"bits": 4, "scale": "bf16"}),
@@ -348,13 +375,19 @@ def test_refusals(make_model: Any, quantize: Any, tmp_path: Path) -> None:
         r"rows of 72 numbers: 3 bits come by 32": (transformers.LlamaForCausalLM(narrow), {"bits": 3, **BY_ROW}),
         r"gate_proj has 72 outputs: 3 bits come by 32": (transformers.LlamaForCausalLM(narrow), {"bits": 3, **BY_ROW}),
         r"pooler\.dense: loaders of gptq look for layers in a model's blocks only": (
-            transformers.BertModel(transformers.BertConfig(**encoder, vocab_size=64)),
+            transformers.BertModel(transformers.BertConfig(**ENCODER, vocab_size=64)),
             {"bits": 4},
         ),
+        r"transformers loads gptq models of text only": (vit, {"bits": 4}),
+        r"layers in decoder\.block and encoder\.block: transformers finds gptq layers in one stack": (
+            transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)),
+            {"bits": 4},
+        ),
+        r"mlp\.experts: gptqmodel takes experts that are one tensor apart": (mixtral, {"bits": 4}),
     }
     for words, (model, weight) in cases.items():
         types = ("Linear", "Experts") if "Mixtral" in words else ("Linear",)
-        bundle = quantize(model, weight, types, head={**KEEP_HEAD, "optional": True})
+        bundle = quantize(copy.deepcopy(model), weight, types, head={**KEEP_HEAD, "optional": True})
         with pytest.raises(ExportError, match=words):
             export(bundle, tmp_path / "out", "gptq")
     embeddings = quantize(make_model(), {"bits": 4}, ("Linear", "Embedding"))
