@@ -9,6 +9,8 @@ the format; narrow and ternary grids are subsets.
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -41,7 +43,11 @@ class Stored(NamedTuple):
 
 
 class PackedGroups(HfFormat):
-    """Base of the two formats. `bits` and `groups` are those their consumers have code for (-1: a whole row)."""
+    """Base of the two formats.
+
+    bits, groups   those their consumers have code for
+    kinds          how the layers that they hold lie (`qat.layout`)
+    """
 
     packages = ("transformers", "safetensors", "optimum")
     consumer = ("gptqmodel", "gptqmodel")
@@ -71,7 +77,7 @@ class PackedGroups(HfFormat):
         if spec.scale not in ("portable", "fp16"):
             found.append(f"scale={spec.scale}: {self.name} stores scales in fp16; use scale: portable (or fp16)")
         if spec.group_size is not None and spec.group_size not in self.groups:
-            have = ", ".join(str(size) for size in self.groups if size > 0)
+            have = ", ".join(map(str, self.groups))
             found.append(
                 f"group_size={spec.group_size}: {self.consumer[0]} has groups of {have}; use one of them or "
                 "granularity: channel"
@@ -231,7 +237,20 @@ def transposed_layers(config: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """GPTQModel greets on standard output when it is imported, which belongs to whoever called us."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+def undisturbed() -> Iterator[None]:
+    """Undo what importing GPTQModel does to a process, which may be one that trains.
+
+    It greets and logs on standard output, sets variables of the environment (caches of transformers, the allocator of
+    CUDA), and takes over the root logger.
+    """
+    environment, root = dict(os.environ), logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        for key in set(os.environ) - set(environment):
+            del os.environ[key]
+        os.environ.update(environment)
+        root.setLevel(level)
+        root.handlers[:] = handlers

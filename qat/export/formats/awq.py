@@ -30,9 +30,9 @@ from qat.export.packed_groups import (
     head_of,
     left_in_float,
     number,
-    quietly,
     restored,
     stored,
+    undisturbed,
     unsigned_grid,
 )
 from qat.export.packing import pack_bits, unpack_bits
@@ -115,7 +115,7 @@ class Awq(PackedGroups):
         check_tensor(layer, tensors, "qzeros", torch.int32, (groups, -(-outputs // WORD)))
         dtype, computed = dtypes(config)
         if self.installed():
-            with quietly():
+            with undisturbed():
                 from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
             parts = (tensors["qweight"], tensors["qzeros"], tensors["scales"].to(computed), BITS, inputs // groups)
             return dequantize_gemm(*parts).T.contiguous().to(dtype)  # type: ignore[no-any-return]

@@ -41,11 +41,11 @@ from qat.export.packed_groups import (
     head_of,
     left_in_float,
     number,
-    quietly,
     restored,
     stored,
     symmetric,
     transposed_layers,
+    undisturbed,
     unsigned_grid,
 )
 from qat.export.packing import pack_bits, unpack_bits, words_per_row
@@ -68,6 +68,9 @@ class Gptq(PackedGroups):
     kinds = ("linear", "transposed")
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         # of the file that is being written: a zero point of 0 went into it; layers whose weight lies as [in, out]
         self._zero_seen = False
         self._transposed: list[str] = []
@@ -131,7 +134,7 @@ class Gptq(PackedGroups):
         return tensors | {"qzeros": _moved(tensors["qzeros"], bits, outputs, -1)}
 
     def write(self, stream: TensorStream, folder: Path, tokenizer: Any) -> None:
-        self.__init__()  # type: ignore[misc]
+        self._begin()
         super().write(stream, folder, tokenizer)
 
     def quantization_config(self, stream: TensorStream) -> dict[str, Any]:
@@ -215,18 +218,19 @@ def _settings(layer: str, config: dict[str, Any]) -> tuple[int, int, str]:
 
 def _by_gptqmodel(tensors: dict[str, Tensor], bits: int, size: int, version: str, dtype: torch.dtype) -> Tensor:
     """[O, I] by the kernel in torch that GPTQModel and transformers run on a CPU."""
-    with quietly():
+    inputs, outputs = tensors["g_idx"].numel(), tensors["scales"].shape[1]
+    with undisturbed():
         from gptqmodel.nn_modules.qlinear.torch import TorchLinear
         from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
-    inputs, outputs = tensors["g_idx"].numel(), tensors["scales"].shape[1]
-    kernel = TorchLinear(
-        bits, size, sym=False, desc_act=False, in_features=inputs, out_features=outputs, bias=False, format=version
-    ).eval()
-    kernel.load_state_dict({key: tensors[key].clone() for key in ("qweight", "qzeros", "scales", "g_idx")})
-    kernel.scales = kernel.scales.to(dtype)
-    if version == V1:
-        convert_gptq_v1_to_v2_format_module(kernel, bits, kernel.pack_dtype)
-    return kernel.dequantize_weight().T.contiguous()  # type: ignore[no-any-return]
+
+        kernel = TorchLinear(
+            bits, size, sym=False, desc_act=False, in_features=inputs, out_features=outputs, bias=False, format=version
+        ).eval()
+        kernel.load_state_dict({key: tensors[key].clone() for key in ("qweight", "qzeros", "scales", "g_idx")})
+        kernel.scales = kernel.scales.to(dtype)
+        if version == V1:
+            convert_gptq_v1_to_v2_format_module(kernel, bits, kernel.pack_dtype)
+        return kernel.dequantize_weight().T.contiguous()  # type: ignore[no-any-return]
 
 
 def _to_version_2(path: Path, bits: dict[str, int]) -> None:

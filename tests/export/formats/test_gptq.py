@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import qat
 from qat.errors import ExportError
 from qat.export import export
 from qat.export.formats.gptq import Gptq
+from qat.export.packed_groups import undisturbed
 from qat.layout import Layout
 from qat.qtensor import QTensor
 from qat.specs import QuantSpec
@@ -312,6 +315,24 @@ def test_our_own_unpacking_reads_the_same(
             patch.setattr(Gptq, "installed", lambda self: False)
             export(bundle, tmp_path / str(number), "gptq")
             assert {row.reader for row in verify(tmp_path / str(number))} == {"qat"}
+
+
+# Turned red by leaving any of the three to GPTQModel.
+def test_a_consumer_leaves_the_process_as_it_was(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QAT_KEPT", "kept")
+    monkeypatch.delenv("QAT_NEW", raising=False)
+    root = logging.getLogger()
+    before, handlers = root.level, list(root.handlers)
+    with undisturbed():
+        print("welcome")
+        os.environ["QAT_KEPT"], os.environ["QAT_NEW"] = "changed", "new"
+        root.setLevel(before + 1)
+        root.addHandler(logging.NullHandler())
+    assert capsys.readouterr().out == ""
+    assert os.environ["QAT_KEPT"] == "kept" and "QAT_NEW" not in os.environ
+    assert root.level == before and root.handlers == handlers
 
 
 # By hand, from the layout in the module's docstring.
