@@ -140,6 +140,12 @@ FITS: list[tuple[str, list[str], tuple[str, ...]]] = [
         ],
         ("compressed-tensors", "model.embed_tokens", "not Embedding"),
     ),
+    ("8 bits in AWQ", ["export.targets=[awq]", "rules.linears.weight.bits=8"], ("awq", "q_proj", "bits=8", "bits: 4")),
+    (
+        "5 bits in GPTQ",
+        ["export.targets=[gptq]", "rules.linears.weight.bits=5"],
+        ("gptq", "q_proj", "bits=5", "nearest: bits: 8"),
+    ),
     (
         "float minimum in compressed-tensors",
         [
