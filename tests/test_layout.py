@@ -92,4 +92,5 @@ def test_extra_all_holds_every_extra_for_any_machine() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     (everything,) = extras["all"]
     named = set(everything.removeprefix("lightning-qat[").removesuffix("]").split(","))
-    assert named == set(extras) - {"all", "dev", "gpu", "deepspeed", "bench"}
+    # gptq pins numpy to one version, which nothing else should have to
+    assert named == set(extras) - {"all", "dev", "gpu", "deepspeed", "bench", "gptq"}

@@ -34,7 +34,7 @@ _TYPES = {"linear": "Linear", "transposed": "Conv1D"}
 _EXACT_IN_FP16 = {"portable": 8, "fp16": 1}
 
 
-class Stored(NamedTuple):
+class Grouped(NamedTuple):
     """Codes [O, I] and zero points [O, G] counted from 0, int16, and fp16 scales [O, G]."""
 
     codes: Tensor
@@ -109,7 +109,7 @@ class PackedGroups(HfFormat):
         return key in ("qweight", "qzeros", "scales", "g_idx")
 
 
-def stored(name: str, weight: QTensor) -> Stored:
+def stored(name: str, weight: QTensor) -> Grouped:
     """What the file holds of a tensor. Raises ExportError if fp16 does not hold its scales."""
     spec = weight.spec
     offset = offset_of(spec)
@@ -120,10 +120,10 @@ def stored(name: str, weight: QTensor) -> Stored:
     # one scale for the tensor is repeated for each row
     rows = weight.codes.shape[0]
     scale, zero = scale.expand(rows, -1), zero.expand(rows, -1)
-    return Stored(weight.codes.to(torch.int16) + offset, zero + offset, scale)
+    return Grouped(weight.codes.to(torch.int16) + offset, zero + offset, scale)
 
 
-def restored(found: Stored, spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> QTensor:
+def restored(found: Grouped, spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> QTensor:
     """The inverse of `stored`."""
     offset = offset_of(spec)
     one = spec.granularity == "tensor"
@@ -221,11 +221,11 @@ def dtypes(config: dict[str, Any]) -> tuple[torch.dtype, torch.dtype]:
 
     Raises ExportError if no model is loaded in it.
     """
-    found = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}.get(
-        str(config.get("dtype"))
-    )
+    # what transformers called it before version 5
+    said = config.get("dtype", config.get("torch_dtype"))
+    found = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}.get(str(said))
     if found is None:
-        raise ExportError(f"config.json has dtype={config.get('dtype')!r}; float32, float16 or bfloat16 is needed")
+        raise ExportError(f"config.json has dtype={said!r}; float32, float16 or bfloat16 is needed")
     return found, torch.float16 if found == torch.float32 else found
 
 

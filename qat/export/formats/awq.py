@@ -21,8 +21,8 @@ from qat.errors import ExportError
 from qat.export.format import TensorStream
 from qat.export.hf_format import KEEP, targets
 from qat.export.packed_groups import (
+    Grouped,
     PackedGroups,
-    Stored,
     check_tensor,
     dtypes,
     exactly,
@@ -75,7 +75,7 @@ class Awq(PackedGroups):
     def unpack(self, packed: dict[str, Tensor], spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> QTensor:
         rows = layout.rows_shape[0]
         codes, zero = (_columns(packed[key], rows).T.contiguous() for key in ("qweight", "qzeros"))
-        return restored(Stored(codes, zero, packed["scales"].T), spec, layout, out_dtype)
+        return restored(Grouped(codes, zero, packed["scales"].T), spec, layout, out_dtype)
 
     # ---- the files -----------------------------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ class Awq(PackedGroups):
     def weight(self, layer: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
         settings = config["quantization_config"]
         bits, size = number(settings, "bits"), number(settings, "group_size")
-        if bits != BITS or settings.get("version") != "gemm" or (size < 1 and size != -1):
+        if bits != BITS or str(settings.get("version")).lower() != "gemm" or (size < 1 and size != -1):
             said = ", ".join(f"{key}={settings.get(key)!r}" for key in ("bits", "group_size", "version"))
             raise ExportError(f"config.json has {said}; awq is read with bits=4 and version='gemm'")
         inputs, outputs = (

@@ -19,6 +19,7 @@ import json
 import re
 import stat
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ from torch import Tensor
 from qat.convert import Bundle
 from qat.errors import ExportError
 from qat.export import hf_folder
-from qat.export.format import TensorStream
+from qat.export.format import Stored, TensorStream
 from qat.export.hf_format import KEEP, layer_of, targets
 from qat.export.packed_groups import (
+    Grouped,
     PackedGroups,
-    Stored,
     check_tensor,
     dtypes,
     exactly,
@@ -119,7 +120,7 @@ class Gptq(PackedGroups):
             raise ExportError("g_idx puts the groups in another order (desc_act), which only GPTQModel reads here")
         codes = unpack_bits(packed["qweight"].T.contiguous(), spec.bits, columns)
         zero = unpack_bits(packed["qzeros"], spec.bits, rows).T.contiguous()
-        return restored(Stored(codes, zero, packed["scales"].T), spec, layout, out_dtype)
+        return restored(Grouped(codes, zero, packed["scales"].T), spec, layout, out_dtype)
 
     # ---- the files -----------------------------------------------------------------------------------------------
 
@@ -175,6 +176,17 @@ class Gptq(PackedGroups):
             for path in sorted(folder.glob("*.safetensors")):
                 _to_version_2(path, bits)
 
+    def entries(self, folder: Path) -> Iterator[Stored]:
+        """With zero points as `unpack` has them, whichever version the file is of."""
+        config = hf_folder.read_config(folder).get("quantization_config")
+        for entry in super().entries(folder):
+            if entry.packed is not None and isinstance(config, dict):
+                bits, _, version = _settings(layer_of(entry.name), config)
+                qzeros, outputs = entry.packed["qzeros"], entry.packed["scales"].shape[1]
+                moved = _moved(qzeros, bits, outputs, 1) if version == V1 else qzeros
+                entry = entry._replace(packed=entry.packed | {"qzeros": moved})
+            yield entry
+
     def weight(self, layer: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
         bits, size, version = _settings(layer, config["quantization_config"])
         g_idx = tensors.get("g_idx")
@@ -208,7 +220,7 @@ def _settings(layer: str, config: dict[str, Any]) -> tuple[int, int, str]:
     if not isinstance(own, dict):
         raise ExportError(f"config.json has no mapping of settings for {layer} in its dynamic")
     settings = {**config, **own}
-    bits, size, version = number(settings, "bits"), number(settings, "group_size"), config.get("checkpoint_format")
+    bits, size, version = number(settings, "bits"), number(settings, "group_size"), config.get("checkpoint_format", V1)
     if bits not in Gptq.bits or (size < 1 and size != -1):
         raise ExportError(f"config.json has bits={bits} and group_size={size} for {layer}, which GPTQ has not")
     if version not in (V1, V2):

@@ -13,6 +13,7 @@ import qat
 from qat.errors import ExportError
 from qat.export import export
 from qat.export.formats.awq import Awq
+from qat.init.file import start_from_file
 from qat.layout import Layout
 from qat.qtensor import QTensor
 from qat.specs import QuantSpec
@@ -183,6 +184,20 @@ def test_our_own_unpacking_reads_the_same(
             patch.setattr(Awq, "installed", lambda self: False)
             export(bundle, tmp_path / str(number), "awq")
             assert {row.reader for row in verify(tmp_path / str(number))} == {"qat"}
+
+
+@pytest.mark.parametrize("name", ["int4 by tensor", "asymmetric"])
+def test_step_0_is_the_file(name: str, make_model: Any, quantize: Any, tmp_path: Path) -> None:
+    weight = {**GRIDS[name], "quantizer": "mse"}
+    source = quantize(make_model(dtype=torch.float16, num_hidden_layers=1), weight, head=KEEP_HEAD)
+    export(source, tmp_path / "out", "awq")
+    model = make_model(dtype=torch.float16, num_hidden_layers=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        quantize(model, {**weight, "quantizer": "lsq"}, head=KEEP_HEAD)
+        assert sorted(start_from_file(model, tmp_path / "out")) == sorted(source)
+        assert torch.equal(model(IDS).logits, source.module(IDS).logits)
 
 
 # By hand, from the layout in the module's docstring.
