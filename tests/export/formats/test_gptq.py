@@ -32,12 +32,10 @@ IDS = torch.randint(0, 320, (2, 12), generator=torch.Generator().manual_seed(1))
 
 GRIDS: dict[str, dict[str, Any]] = {
     "int2": {"bits": 2},
-    "int2 narrow": {"bits": 2, "narrow": True},
     "ternary": {"grid": "ternary", "bits": 2},
     "int3": {"bits": 3},
     "int3 by row": {"bits": 3, **BY_ROW},
     "int4": {"bits": 4},
-    "int4 groups of 16": {"bits": 4, "group_size": 16},
     "int4 by row": {"bits": 4, **BY_ROW},
     "int4 by tensor": {"bits": 4, **BY_TENSOR},
     "int4 fp16 scales": {"bits": 4, "scale": "fp16"},
