@@ -45,14 +45,14 @@ class Grouped(NamedTuple):
 class PackedGroups(HfFormat):
     """Base of the two formats.
 
-    bits, groups   those their consumers have code for
-    kinds          how the layers that they hold lie (`qat.layout`)
+    widths, groups   bits and group sizes that their consumers have code for
+    kinds            how the layers that they hold lie (`qat.layout`)
     """
 
     packages = ("transformers", "safetensors", "optimum")
     consumer = ("gptqmodel", "gptqmodel")
     mark = "qweight"
-    bits: ClassVar[tuple[int, ...]]
+    widths: ClassVar[tuple[int, ...]]
     groups: ClassVar[tuple[int, ...]]
     kinds: ClassVar[tuple[str, ...]]
 
@@ -66,11 +66,11 @@ class PackedGroups(HfFormat):
         spec = row.weight
         if spec is None:
             return found
-        nearest = min((bits for bits in self.bits if bits >= spec.bits), default=self.bits[-1])
+        nearest = min((bits for bits in self.widths if bits >= spec.bits), default=self.widths[-1])
         if not spec.is_int:
             return [*found, f"grid {spec.kind}: {self.name} stores integers; nearest: grid: int, bits: {nearest}"]
-        if spec.bits not in self.bits:
-            have = " or ".join(map(str, self.bits))
+        if spec.bits not in self.widths:
+            have = " or ".join(map(str, self.widths))
             found.append(f"bits={spec.bits}: {self.name} has {have}; nearest: bits: {nearest}")
         if spec.zero_point == "float":
             found.append(f"zero_point=float: {self.name} has integer zero points; nearest: zero_point: int")

@@ -48,7 +48,10 @@ class Awq(PackedGroups):
     """The format of AutoAWQ."""
 
     name = "awq"
-    bits = (BITS,)
+    bits = "4"
+    contents = "int by tensor, channel or group, with or without zero points; one group size for all layers"
+    consumers = ("autoawq",)
+    widths = (BITS,)
     groups = (16, 32, 64, 128)
     kinds = ("linear",)
 

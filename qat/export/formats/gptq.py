@@ -64,7 +64,10 @@ class Gptq(PackedGroups):
     """The format of GPTQModel."""
 
     name = "gptq"
-    bits = (2, 3, 4, 8)
+    bits = "2, 3, 4 or 8"
+    contents = "int and ternary by tensor, channel or group, with or without zero points; mixed layers; Conv1D"
+    consumers = ("gptqmodel",)
+    widths = (2, 3, 4, 8)
     groups = (16, 32, 64, 128, 256, 512, 1024)
     kinds = ("linear", "transposed")
 
@@ -221,7 +224,7 @@ def _settings(layer: str, config: dict[str, Any]) -> tuple[int, int, str]:
         raise ExportError(f"config.json has no mapping of settings for {layer} in its dynamic")
     settings = {**config, **own}
     bits, size, version = number(settings, "bits"), number(settings, "group_size"), config.get("checkpoint_format", V1)
-    if bits not in Gptq.bits or (size < 1 and size != -1):
+    if bits not in Gptq.widths or (size < 1 and size != -1):
         raise ExportError(f"config.json has bits={bits} and group_size={size} for {layer}, which GPTQ has not")
     if version not in (V1, V2):
         raise ExportError(f"config.json has checkpoint_format={version!r}; gptq and gptq_v2 are known")
