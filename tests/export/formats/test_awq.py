@@ -92,7 +92,7 @@ def assert_same_outputs(loaded: Any, model: Any) -> None:
 @pytest.mark.consumer
 @pytest.mark.parametrize("name", sorted(GRIDS))
 def test_both_loaders_have_the_trained_weights(
-    name: str, make_model: Any, quantize: Any, tokenizer: Any, tmp_path: Path
+    name: str, make_model: Any, quantize: Any, tokenizer: Any, ran: Any, tmp_path: Path
 ) -> None:
     pytest.importorskip("gptqmodel", reason=WHY)
     model = make_model(dtype=torch.float16, num_hidden_layers=1)
@@ -103,6 +103,10 @@ def test_both_loaders_have_the_trained_weights(
         loaded = load(tmp_path / "out", torch.float16)
         assert_same_weights(loaded, bundle)
         assert_same_outputs(loaded, model)
+        with torch.no_grad():
+            value = kl(model(IDS).logits, loaded(IDS).logits)
+        program = "GPTQModel" if load is by_gptqmodel else "transformers"
+        ran("awq", program, f"Llama in float16, {name}", kl=value)
 
 
 @pytest.mark.consumer
