@@ -10,8 +10,11 @@ nothing has to be guessed from values or from the exporter's naming.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from types import MethodType
 from typing import Any
@@ -29,7 +32,7 @@ DOMAIN = "qat"
 WEIGHT, INPUT, LINEAR = "Weight", "Input", "Linear"
 _GIVE = "give qat.export(..., example_inputs=a batch of the model's own inputs)"
 # a batch of two, and not of one: torch.export takes sizes of one for constants
-_BATCH, _TOKENS, _PIXELS = 2, 8, 224
+_BATCH, _TOKENS = 2, 8
 
 
 def graph_reasons(bundle: Bundle) -> list[str]:
@@ -75,7 +78,9 @@ def _from_config(module: Any) -> dict[str, Tensor] | None:
     config = module.config
     main = getattr(module, "main_input_name", None)
     if main == "pixel_values":
-        size = getattr(config, "image_size", _PIXELS)
+        size = getattr(config, "image_size", None)
+        if size is None:
+            return None
         height, width = size if isinstance(size, tuple | list) else (size, size)
         return {main: torch.rand(_BATCH, getattr(config, "num_channels", 3), height, width)}
     if main != "input_ids":
@@ -183,11 +188,19 @@ def traced(bundle: Bundle, opset: int, linears: frozenset[str] = frozenset()) ->
     dims = pytree.tree_map(_free_dims, (args, kwargs), is_leaf=lambda v: v is None or isinstance(v, Tensor))
     rename = Adapters(bundle.module).name
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             names, shapes = _by_name(module, args, kwargs, dims)
             program: Any = torch.onnx.export(
-                module, names[0], kwargs=names[1], dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
+                module,
+                names[0],
+                kwargs=names[1],
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=shapes,
+                optimize=False,
+                verbose=False,
             )
+            _simplify(program.model)
     except Exception as problem:
         why = " ".join(str(problem.__cause__ or problem).split())[:300]
         raise ExportError(
@@ -197,10 +210,24 @@ def traced(bundle: Bundle, opset: int, linears: frozenset[str] = frozenset()) ->
     exported = program.exported_program
     model: ir.Model = program.model
     _name_outputs(model, exported)
+    _name_dims(model, {**dict(zip(inspect.signature(module.forward).parameters, names[0], strict=False)), **names[1]})
     signature = exported.graph_signature
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     used = {held[node.name] for node in exported.graph.nodes if node.op == "placeholder" and node.users and node.name in held}
     return model, _floats(bundle, model, {rename(name) for name in used}, rename)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's notices stay inside; what goes wrong is an exception."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _as_float(value: Tensor) -> Tensor:
@@ -236,25 +263,47 @@ def _name_outputs(model: Any, exported: Any) -> None:
             taken.add(name)
 
 
-def _floats(bundle: Bundle, model: Any, used: set[str], rename: Any) -> dict[str, str]:
-    """Float parameter -> its initializer: its own, or one of equal numbers, which the exporter keeps once.
+def _name_dims(model: Any, given: dict[str, Any]) -> None:
+    """Free dimensions of inputs are called batch and sequence, wherever the exporter's own names for them stand."""
+    import onnx_ir as ir
 
-    Raises ExportError for one that the graph reads and that is in no initializer as it is.
+    words: dict[str, str] = {}
+    for value in model.graph.inputs:
+        tensor = given.get(value.name)
+        if value.shape is not None and isinstance(tensor, Tensor):
+            for dim in _free_dims(tensor):
+                words.setdefault(str(value.shape[dim]), ("batch", "sequence")[dim])
+    for value in [*model.graph.inputs, *(v for node in model.graph.all_nodes() for v in node.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape([words.get(str(d), d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
+
+
+def _simplify(model: Any) -> None:
+    """onnxscript's optimizer, to which the numbers of parameters are unknown: a bias that is zero stays, no batch norm
+    is folded into a convolution, equal norms stay two."""
+    from onnxscript import optimizer
+
+    hidden = dict(model.graph.initializers)
+    numbers = {name: value.const_value for name, value in hidden.items()}
+    for value in hidden.values():
+        value.const_value = None
+    optimizer.optimize(model)
+    for name, value in hidden.items():
+        value.const_value = numbers[name]
+
+
+def _floats(bundle: Bundle, model: Any, used: set[str], rename: Any) -> dict[str, str]:
+    """Float parameter -> its initializer; one that the model has under two names is in the graph once.
+
+    Raises ExportError for one that the graph reads and that is in no initializer.
     """
     stored = {rename(name): name for name in model.graph.initializers}
-    floats = bundle.floats
-    same: dict[tuple[int, ...], list[str]] = {}
-    for name in floats:
-        if name in stored:
-            same.setdefault(tuple(floats[name].shape), []).append(name)
+    live = bundle.parameters
+    twins = {id(value): stored[name] for name, value in live.items() if name in stored}
     found = {}
-    for name in floats:
-        twin = name if name in stored else None
-        if twin is None and name in used:
-            near = same.get(tuple(floats[name].shape), [])
-            twin = next((other for other in near if torch.equal(floats[other], floats[name])), None)
-            if twin is None and floats[name].is_floating_point():
-                raise ExportError(f"{name} was merged into another tensor while the graph was made")
-        if twin is not None:
-            found[name] = stored[twin]
+    for name in bundle.floats:
+        if id(live[name]) in twins:
+            found[name] = twins[id(live[name])]
+        elif name in used and live[name].is_floating_point():
+            raise ExportError(f"{name} was merged into another tensor while the graph was made")
     return found

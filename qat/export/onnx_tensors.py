@@ -73,8 +73,7 @@ def pack(weight: QTensor) -> dict[str, Tensor]:
     """codes uint8, int8 or a float of 8 bits in the stored shape, below 8 bits uint8 [bytes]; scale; zero_point."""
     spec, layout = weight.spec, weight.layout
     place = place_of(spec, layout)
-    rows = weight.codes.shape
-    codes = weight.codes if place.shape == rows else layout.from_rows(weight.codes)
+    codes = layout.from_rows(weight.codes) if place.shape == tuple(layout.shape) else weight.codes
     found = {CODES: _stream(codes.contiguous(), spec), SCALE: _stored(weight.scale.float(), spec, layout, place)}
     if weight.zero_point is not None:
         zero = _stored(weight.zero_point, spec, layout, place)
@@ -86,7 +85,7 @@ def unpack(packed: dict[str, Tensor], spec: QuantSpec, layout: Layout, out_dtype
     """The inverse of `pack`."""
     place = place_of(spec, layout)
     codes = _codes(packed[CODES], spec, place.shape)
-    codes = codes if place.shape == layout.rows_shape else layout.to_rows(codes)
+    codes = layout.to_rows(codes) if place.shape == tuple(layout.shape) else codes
     scale = _fields(packed[SCALE], spec, layout, place)
     zero = None
     if ZERO in packed:
