@@ -104,7 +104,7 @@ def _tensor(proto: Any) -> Tensor:
     from onnx import numpy_helper
 
     array = numpy_helper.to_array(proto)
-    if array.dtype.kind not in "biuf":
+    if array.dtype.isbuiltin != 1:
         # one of ml_dtypes'
         array = array.astype(np.float32 if "float" in str(array.dtype) else np.int16)
     return torch.from_numpy(np.array(array))
