@@ -177,16 +177,22 @@ class Builder:
         (self.model.graph if before is None else before.graph).insert_before(before or self.model.graph[0], made)
         return made.outputs[0]
 
-    def replace(self, marks: list[Any], value: Any) -> None:
+    def replace(self, marks: list[Any], value: Any) -> str:
+        """Let a value stand where marks were; returns its name."""
         import onnx_ir as ir
 
         for mark in marks:
             old = mark.outputs[0]
+            value.shape = old.shape
+            if old.is_graph_output():
+                # the file's output keeps its name
+                value.name = old.name
             ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
             given = mark.inputs[0]
             mark.graph.remove(mark, safe=True)
             if given.is_initializer() and not given.uses():
                 self.model.graph.initializers.pop(given.name)
+        return str(value.name)
 
     def dequantized(self, name: str, weight: QTensor, packed: dict[str, Tensor], marks: list[Any]) -> str:
         """A DequantizeLinear, and for groups in a convolution a Reshape, whose result is called as the parameter."""
@@ -205,8 +211,7 @@ class Builder:
         if not whole:
             shape = self.initializer(f"{name}_shape", "INT64", [len(layout.shape)], torch.tensor(layout.shape))
             value = self.node("Reshape", [value, shape], name, first)
-        self.replace(marks, value)
-        return name
+        return self.replace(marks, value)
 
     def range(self, layer: str, spec: QuantSpec, fields: Fields | None) -> list[Any]:
         """QuantizeLinear and DequantizeLinear for the input of a layer: [name of the rounded value, has a zero point].
@@ -226,7 +231,7 @@ class Builder:
             value = f"{layer}.input" + (f"_{number}" if number else "")
             codes = self.node("QuantizeLinear", [mark.inputs[0], *inputs], f"{value}_quantized", mark)
             codes.dtype = inputs[1].dtype
-            self.replace([mark], self.node("DequantizeLinear", [codes, *inputs], value, mark))
+            value = self.replace([mark], self.node("DequantizeLinear", [codes, *inputs], value, mark))
         return [value, fields.zero is not None]
 
     def close(self, told: str) -> None:

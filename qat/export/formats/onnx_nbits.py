@@ -114,7 +114,7 @@ class OnnxNBits(Onnx):
             out = build.node("MatMulNBits", [mark.inputs[0], *inputs], value, mark, "com.microsoft", **words)
             if weight.layout.kind == "transposed":
                 out.producer().metadata_props[onnx_reader.TOLD] = "transposed"
-            build.replace([mark], out)
+            value = build.replace([mark], out)
         build.model.opset_imports["com.microsoft"] = 1
         return value
 
