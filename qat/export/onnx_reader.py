@@ -26,7 +26,7 @@ TOLD = "qat.tensors"
 _DEEPEST = 4
 # rows of the identity that go through a MatMulNBits at a time
 _PROBES = 512
-_NUMBERS = {"weights": str, "floats": str, "inputs": list}
+_KINDS = {"weights": str, "floats": str, "inputs": list}
 
 
 def installed() -> bool:
@@ -40,11 +40,11 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     known = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {output: node for node in model.graph.node for output in node.output}
     for name, value in told["weights"].items():
-        yield name, _guarded(path, name, lambda v=value: _weight(model, makers, known, v))  # type: ignore[misc]
+        yield name, guarded(path, name, lambda v=value: _weight(model, makers, known, v))  # type: ignore[misc]
     for name, value in told["floats"].items():
-        yield name, _guarded(path, name, lambda v=value: _tensor(known[v]))  # type: ignore[misc]
+        yield name, guarded(path, name, lambda v=value: _tensor(known[v]))  # type: ignore[misc]
     for layer, entry in told["inputs"].items():
-        found = _guarded(path, layer, lambda e=entry: _range(makers, known, *e))  # type: ignore[misc]
+        found = guarded(path, layer, lambda e=entry: _range(makers, known, *e))  # type: ignore[misc]
         for key, tensor in found.items():
             yield f"{layer}.{key}", tensor
 
@@ -60,13 +60,20 @@ def load(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         model = onnx.load(str(path))
         text = {entry.key: entry.value for entry in model.metadata_props}[TOLD]
-        told = json.loads(text)
-        for key, kind in _NUMBERS.items():
-            if not all(isinstance(value, kind) for value in told[key].values()):
-                raise TypeError(f"{TOLD}.{key}")
+        told = check_told(json.loads(text))
     except Exception as problem:
-        raise ExportError(f"{path} is not an ONNX file of qat's that can be read ({_said(problem)})") from None
+        raise ExportError(f"{path} is not an ONNX file of qat's that can be read ({said(problem)})") from None
     return model, told
+
+
+def check_told(told: Any) -> dict[str, Any]:
+    """Raises an exception unless `told` names weights, floats and inputs."""
+    for key, kind in _KINDS.items():
+        if not all(isinstance(value, kind) for value in told[key].values()):
+            raise TypeError(f"{TOLD}.{key}")
+    if not all(len(value) == 2 and isinstance(value[0], str) for value in told["inputs"].values()):
+        raise TypeError(f"{TOLD}.inputs")
+    return told  # type: ignore[no-any-return]
 
 
 def check_file(path: Path) -> None:
@@ -83,19 +90,21 @@ def check_file(path: Path) -> None:
             options.log_severity_level = 4
             onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as problem:
-        raise ExportError(f"{path.name}: the graph of this model does not load ({_said(problem)})") from None
+        raise ExportError(f"{path.name}: the graph of this model does not load ({said(problem)})") from None
 
 
-def _guarded(path: Path, name: str, compute: Any) -> Any:
+def guarded(path: Path, name: str, compute: Any) -> Any:
+    """`compute()`, whose every exception is an ExportError that names the tensor."""
     try:
         return compute()
     except ExportError as problem:
         raise ExportError(f"{path}: {name}: {problem}") from None
     except Exception as problem:
-        raise ExportError(f"{path}: {name} cannot be decoded ({_said(problem)})") from None
+        raise ExportError(f"{path}: {name} cannot be decoded ({said(problem)})") from None
 
 
-def _said(problem: Exception) -> str:
+def said(problem: Exception) -> str:
+    """An exception of a library in a few words."""
     return f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
 
 

@@ -33,6 +33,8 @@ from qat.specs import QuantSpec
 
 CODES, SCALE, ZERO = "quantized", "scale", "zero_point"
 FLOATS = {"e4m3": "FLOAT8E4M3FN", "e5m2": "FLOAT8E5M2"}
+# codes of a table, which ONNX has no type for: their places in the table
+LEVELS = ("nf4",)
 # the kinds of `qat.layout` that have a place here -> the dimension of output channels
 CHANNEL = {"linear": 0, "embedding": 0, "transposed": 1, "conv": 0, "deconv": 1}
 
@@ -51,14 +53,15 @@ class Place:
         return tuple(size // self.block if dim == self.axis else size for dim, size in enumerate(self.shape))
 
 
-def width(spec: QuantSpec) -> int:
-    """Bits of a stored code: 2, 4 or 8."""
-    return next(bits for bits in (2, 4, 8) if bits >= spec.bits)
+def width(spec: QuantSpec, least: int = 2) -> int:
+    """Bits of a stored code: 2, 4 or 8, `least` at least."""
+    return next(bits for bits in (2, 4, 8) if bits >= max(spec.bits, least))
 
 
-def element(spec: QuantSpec) -> str:
+def element(spec: QuantSpec, least: int = 2) -> str:
     """The ONNX type of the codes."""
-    return FLOATS.get(spec.kind) or f"{'' if spec.signed else 'U'}INT{width(spec)}"
+    signed = spec.signed and spec.kind not in LEVELS
+    return FLOATS.get(spec.kind) or f"{'' if signed else 'U'}INT{width(spec, least)}"
 
 
 def place_of(spec: QuantSpec, layout: Layout) -> Place:
@@ -69,27 +72,29 @@ def place_of(spec: QuantSpec, layout: Layout) -> Place:
     return Place(shape, 1 - axis, spec.group_size or 1)
 
 
-def pack(weight: QTensor) -> dict[str, Tensor]:
+def pack(weight: QTensor, least: int = 2) -> dict[str, Tensor]:
     """codes uint8, int8 or a float of 8 bits in the stored shape, below 8 bits uint8 [bytes]; scale; zero_point."""
     spec, layout = weight.spec, weight.layout
     place = place_of(spec, layout)
     codes = layout.from_rows(weight.codes) if place.shape == tuple(layout.shape) else weight.codes
-    found = {CODES: _stream(codes.contiguous(), spec), SCALE: _stored(weight.scale.float(), spec, layout, place)}
+    found = {CODES: _stream(codes.contiguous(), spec, least), SCALE: _stored(weight.scale.float(), spec, layout, place)}
     if weight.zero_point is not None:
         zero = _stored(weight.zero_point, spec, layout, place)
-        found[ZERO] = _stream(zero.to(spec.grid.code_dtype), spec)
+        found[ZERO] = _stream(zero.to(spec.grid.code_dtype), spec, least)
     return found
 
 
-def unpack(packed: dict[str, Tensor], spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> QTensor:
+def unpack(
+    packed: dict[str, Tensor], spec: QuantSpec, layout: Layout, out_dtype: torch.dtype, least: int = 2
+) -> QTensor:
     """The inverse of `pack`."""
     place = place_of(spec, layout)
-    codes = _codes(packed[CODES], spec, place.shape)
+    codes = _codes(packed[CODES], spec, place.shape, least)
     codes = layout.to_rows(codes) if place.shape == tuple(layout.shape) else codes
     scale = _fields(packed[SCALE], spec, layout, place)
     zero = None
     if ZERO in packed:
-        stored = _codes(packed[ZERO], spec, tuple(packed[SCALE].shape))
+        stored = _codes(packed[ZERO], spec, tuple(packed[SCALE].shape), least)
         zero = _fields(stored, spec, layout, place).to(torch.int16)
     codes = codes.contiguous().to(spec.grid.code_dtype)
     return QTensor(codes, scale.to(spec.scale_grid.dtype), zero, None, spec, layout, out_dtype)
@@ -112,16 +117,16 @@ def _fields(stored: Tensor, spec: QuantSpec, layout: Layout, place: Place) -> Te
     return (stored.t() if layout.kind == "transposed" else stored).contiguous()
 
 
-def _stream(codes: Tensor, spec: QuantSpec) -> Tensor:
-    bits = width(spec)
+def _stream(codes: Tensor, spec: QuantSpec, least: int) -> Tensor:
+    bits = width(spec, least)
     if spec.kind in FLOATS or bits == 8:
         return codes
     flat = codes.reshape(1, -1).to(torch.int16) & ((1 << bits) - 1)
     return pack_bits(flat, bits).view(torch.uint8).reshape(-1)[: math.ceil(codes.numel() * bits / 8)]
 
 
-def _codes(stream: Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> Tensor:
-    bits, count = width(spec), math.prod(shape)
+def _codes(stream: Tensor, spec: QuantSpec, shape: tuple[int, ...], least: int) -> Tensor:
+    bits, count = width(spec, least), math.prod(shape)
     if spec.kind in FLOATS or bits == 8:
         return stream.reshape(shape)
     if stream.numel() * 8 < count * bits:
@@ -130,4 +135,4 @@ def _codes(stream: Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> Tensor:
     padded[0, : stream.numel()] = stream
     codes = unpack_bits(padded.view(torch.int32), bits, count).reshape(shape)
     half = 1 << (bits - 1)
-    return torch.where(codes >= half, codes - 2 * half, codes) if spec.signed else codes
+    return torch.where(codes >= half, codes - 2 * half, codes) if spec.signed and spec.kind not in LEVELS else codes

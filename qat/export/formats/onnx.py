@@ -46,6 +46,8 @@ class Onnx(Format):
     needs = "graph"
     # a protobuf ends at 2 GiB
     external: ClassVar[int] = 1 << 30
+    # bits of a weight's code, at least
+    least: ClassVar[int] = 2
 
     # ---- what fits -----------------------------------------------------------------------------------------------
 
@@ -82,10 +84,10 @@ class Onnx(Format):
     # ---- one tensor ----------------------------------------------------------------------------------------------
 
     def pack(self, name: str, weight: QTensor) -> dict[str, Tensor]:
-        return onnx_tensors.pack(weight)
+        return onnx_tensors.pack(weight, self.least)
 
     def unpack(self, packed: dict[str, Tensor], spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> QTensor:
-        return onnx_tensors.unpack(packed, spec, layout, out_dtype)
+        return onnx_tensors.unpack(packed, spec, layout, out_dtype, self.least)
 
     # ---- the file ------------------------------------------------------------------------------------------------
 
@@ -95,7 +97,7 @@ class Onnx(Format):
 
     def opset(self, bundle: Bundle) -> int:
         own = self.multiplied(bundle)
-        few = any(onnx_tensors.width(spec) == 2 for name, spec in bundle.specs().items() if name not in own)
+        few = any(onnx_tensors.width(spec, self.least) == 2 for name, spec in bundle.specs().items() if name not in own)
         return 25 if few else 21
 
     def write(self, stream: TensorStream, folder: Path, tokenizer: Any) -> None:
@@ -128,7 +130,8 @@ class Onnx(Format):
 
     def place(self, build: Builder, name: str, weight: QTensor, reads: list[Any], multiplied: list[Any]) -> str:
         """Put a weight where its marks are; returns the value of the graph that it is."""
-        return build.dequantized(name, weight, onnx_tensors.pack(weight), reads)
+        kind = onnx_tensors.element(weight.spec, self.least)
+        return build.dequantized(name, weight, kind, onnx_tensors.pack(weight, self.least), reads)
 
     def read(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         yield from onnx_reader.read_tensors(folder / FILE)
@@ -194,11 +197,10 @@ class Builder:
                 self.model.graph.initializers.pop(given.name)
         return str(value.name)
 
-    def dequantized(self, name: str, weight: QTensor, packed: dict[str, Tensor], marks: list[Any]) -> str:
+    def dequantized(self, name: str, weight: QTensor, kind: str, packed: dict[str, Tensor], marks: list[Any]) -> str:
         """A DequantizeLinear, and for groups in a convolution a Reshape, whose result is called as the parameter."""
         spec, layout = weight.spec, weight.layout
         place = onnx_tensors.place_of(spec, layout)
-        kind = onnx_tensors.element(spec)
         scale = packed[onnx_tensors.SCALE]
         codes = self.initializer(f"{name}_quantized", kind, place.shape, packed[onnx_tensors.CODES])
         inputs = [codes, self.initializer(f"{name}_scale", "FLOAT", scale.shape, scale)]
