@@ -58,8 +58,8 @@ def graph_reasons(bundle: Bundle) -> list[str]:
 
 
 def example_of(bundle: Bundle) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """(args, kwargs) to call the deployed module with: the bundle's, else the module's `example_input_array` (Lightning's
-    word), else made from a transformers config. None: nothing says."""
+    """(args, kwargs) to call the deployed module with: the bundle's, else the module's `example_input_array` (a word of
+    Lightning's), else made from a transformers config. None: nothing says."""
     given = bundle.example_inputs
     if given is None:
         given = getattr(bundle.module, "example_input_array", None)
@@ -117,7 +117,7 @@ def marked(bundle: Bundle, linears: frozenset[str] = frozenset()) -> nn.Module:
     for name, owner in {**{name: name for name in bundle}, **bundle.tied}.items():
         layer, key = layers[name.rpartition(".")[0]], name.rpartition(".")[2]
         if owner in linears and _is_linear(layer):
-            layer.forward = MethodType(_multiplied(owner), layer)  # type: ignore[method-assign]
+            layer.forward = MethodType(_multiplied(owner), layer)
         else:
             parametrize.register_parametrization(layer, key, _Marked(owner), unsafe=True)
     config: Any = getattr(module, "config", None)
@@ -130,7 +130,7 @@ def _mark(kind: str, x: Tensor, name: str, shape: Any = None) -> Tensor:
     from torch.onnx import ops
 
     where = x.shape if shape is None else shape
-    return ops.symbolic(f"{DOMAIN}::{kind}", [x], {"name": name}, dtype=x.dtype, shape=where)  # type: ignore[no-any-return]
+    return ops.symbolic(f"{DOMAIN}::{kind}", [x], {"name": name}, dtype=x.dtype, shape=where)
 
 
 class _Marked(nn.Module):
@@ -213,7 +213,11 @@ def traced(bundle: Bundle, opset: int, linears: frozenset[str] = frozenset()) ->
     _name_dims(model, {**dict(zip(inspect.signature(module.forward).parameters, names[0], strict=False)), **names[1]})
     signature = exported.graph_signature
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    used = {held[node.name] for node in exported.graph.nodes if node.op == "placeholder" and node.users and node.name in held}
+    used = {
+        held[node.name]
+        for node in exported.graph.nodes
+        if node.op == "placeholder" and node.users and node.name in held
+    }
     return model, _floats(bundle, model, {rename(name) for name in used}, rename)
 
 

@@ -40,11 +40,11 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     known = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {output: node for node in model.graph.node for output in node.output}
     for name, value in told["weights"].items():
-        yield name, guarded(path, name, lambda v=value: _weight(model, makers, known, v))  # type: ignore[misc]
+        yield name, guarded(path, name, lambda v=value: _weight(model, makers, known, v))
     for name, value in told["floats"].items():
-        yield name, guarded(path, name, lambda v=value: _tensor(known[v]))  # type: ignore[misc]
+        yield name, guarded(path, name, lambda v=value: _tensor(known[v]))
     for layer, entry in told["inputs"].items():
-        found = guarded(path, layer, lambda e=entry: _range(makers, known, *e))  # type: ignore[misc]
+        found = guarded(path, layer, lambda e=entry: _range(makers, known, *e))
         for key, tensor in found.items():
             yield f"{layer}.{key}", tensor
 

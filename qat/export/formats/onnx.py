@@ -165,7 +165,9 @@ class Builder:
         if name in self.model.graph.initializers:
             raise ExportError(f"the graph holds a tensor called {name} already; rename that parameter")
         raw = data.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        tensor = ir.from_proto(helper.make_tensor(name, TensorProto.DataType.Value(element), list(shape), raw, raw=True))
+        tensor = ir.from_proto(
+            helper.make_tensor(name, TensorProto.DataType.Value(element), list(shape), raw, raw=True)
+        )
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
         self.model.graph.register_initializer(value)
         return value
@@ -206,7 +208,7 @@ class Builder:
         inputs = [codes, self.initializer(f"{name}_scale", "FLOAT", scale.shape, scale)]
         if onnx_tensors.ZERO in packed:
             inputs.append(self.initializer(f"{name}_zero_point", kind, scale.shape, packed[onnx_tensors.ZERO]))
-        words = {"axis": place.axis, **({"block_size": place.block} if place.block else {})}
+        words: dict[str, Any] = {"axis": place.axis, **({"block_size": place.block} if place.block else {})}
         whole = tuple(place.shape) == tuple(layout.shape)
         first = self.model.graph[0]
         value = self.node("DequantizeLinear", inputs, name if whole else f"{name}_rows", first, **words)

@@ -42,7 +42,8 @@ class OnnxNBits(Onnx):
             elif _block(row.weight, row.columns) < _SMALLEST:
                 run = row.weight.group_size or row.columns
                 found.append(
-                    f"runs of {run} numbers: blocks of MatMulNBits are 16, 32, 64, 128 or 256; use group_size: 32 or {KEEP}"
+                    f"runs of {run} numbers: blocks of MatMulNBits are 16, 32, 64, 128 or 256; use group_size: 32, "
+                    f"or {KEEP}"
                 )
         return found
 

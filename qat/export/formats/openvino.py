@@ -84,7 +84,9 @@ class OpenVino(Onnx):
     def read(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         path = folder / FILE
         if find_spec("openvino") is None:
-            raise ExportError("OpenVINO's files are read with the package openvino; pip install 'lightning-qat[openvino]'")
+            raise ExportError(
+                "OpenVINO's files are read with the package openvino; pip install 'lightning-qat[openvino]'"
+            )
         if not path.is_file():
             raise ExportError(f"{path} is missing")
         try:
@@ -96,7 +98,9 @@ class OpenVino(Onnx):
             onnx_reader.check_told(told)
             nodes = {op.get_friendly_name(): op for op in model.get_ops()}
         except Exception as problem:
-            raise ExportError(f"{path} is not an OpenVINO file of qat's that can be read ({onnx_reader.said(problem)})") from None
+            raise ExportError(
+                f"{path} is not an OpenVINO file of qat's that can be read ({onnx_reader.said(problem)})"
+            ) from None
         for name, value in {**told["weights"], **told["floats"]}.items():
             yield name, onnx_reader.guarded(path, name, lambda v=value: _value(core, _made(nodes, v)))
         for layer, (value, asymmetric) in told["inputs"].items():

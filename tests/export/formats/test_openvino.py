@@ -79,8 +79,8 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, name: str = "") -> No
     assert float((ours - theirs).abs().max()) <= 1e-5 * float(ours.abs().max()), name
 
 
-# Turned red by: nf4 constants left as codes, memory of a constant that is gone, zero points of inputs of the other sign,
-# a float constant that is read under a name that OpenVINO merged away.
+# Turned red by: nf4 constants left as codes, memory of a constant that is gone, zero points of
+# inputs of the other sign, a float constant that is read under a name that OpenVINO merged away.
 @pytest.mark.consumer
 def test_every_grid_is_what_openvino_computes(tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -131,7 +131,9 @@ def test_refusals() -> None:
 
     assert reasons() == reasons(input=STATIC) == reasons(weight={"bits": 4, "grid": "nf4", **BY_ROW}) == ""
     assert "openvino rounds inputs to 8 bits" in reasons(input={**STATIC, "bits": 4})
-    assert "openvino holds one range per input" in reasons(input={"bits": 8, "granularity": "token", "quantizer": "absmax"})
+    assert "openvino holds one range per input" in reasons(
+        input={"bits": 8, "granularity": "token", "quantizer": "absmax"}
+    )
     assert "grid seq: openvino holds" in reasons(weight={"bits": 2, "grid": "seq", **BY_ROW})
 
 
