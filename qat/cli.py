@@ -237,6 +237,7 @@ def export(
     if not wanted:
         folders = {_only_target(require_state(trained).record.recipe): out}
     found = qat.convert(trained)
+    found.example_inputs = _images(model, list(folders))
     for name in folders if len(folders) > 1 else ():
         refuse_if(get_format(name).check(found, words), f"{name} cannot hold this model", ExportError)
     for name, folder in folders.items():
@@ -314,6 +315,21 @@ def _targets(found: Bundle, tokenizer: Any, recipe: Recipe) -> None:
             refused.append(f"{name} cannot hold this recipe: {'; '.join(reasons)}")
     if refused:
         raise ExportError("; ".join(refused))
+
+
+def _images(model: Path, formats: list[str]) -> Any:
+    """Two images as the model's own processor gives them, for formats that trace a graph; None where it has none."""
+    from qat.export import get_format
+
+    graphs = any(get_format(name).needs == "graph" for name in formats)
+    if not graphs or not (model / "preprocessor_config.json").is_file():
+        return None
+    from PIL import Image
+
+    from qat.tasks.image_classification import load_processor
+
+    blank = Image.new("RGB", (64, 64))
+    return dict(load_processor(str(model))(images=[blank, blank], return_tensors="pt"))
 
 
 def _only_target(recipe: dict[str, Any]) -> str:

@@ -163,6 +163,11 @@ class Bundle(Mapping[str, QTensor]):
             id(live[name]): nn.Parameter(torch.zeros(1).expand(live[name].shape), requires_grad=False)
             for name in (*self._where, *self.tied)
         }
+        # a trainer that the module knows is not copied with it
+        others = (
+            value for m in self.module.modules() for value in (m.__dict__.get("_trainer"), m.__dict__.get("_fabric"))
+        )
+        memo |= {id(value): value for value in others if value is not None}
         module = copy.deepcopy(self.module, memo)
         adapters = Adapters(module)
         layers = {adapters.name(name): m for name, m in module.named_modules() if id(m) not in adapters.inner}

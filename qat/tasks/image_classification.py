@@ -79,7 +79,8 @@ def build(train: Train) -> tuple[ImageClassification, Batches, None]:
         pixels = processor(images=[open_image(image) for image, _ in batch], return_tensors="pt")["pixel_values"]
         return pixels, torch.tensor([names[str(label)] for _, label in batch])
 
-    collate([samples[0]])
+    # what a graph is traced with: a network of convolutions takes images of any size
+    model.example_input_array = {"pixel_values": collate([samples[0], samples[0]])[0]}  # type: ignore[assignment]
     return ImageClassification(model.train(), train), Batches(samples, held_out, train, collate), None
 
 

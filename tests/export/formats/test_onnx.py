@@ -406,6 +406,69 @@ def test_a_large_model_lies_in_two_files(tmp_path: Path, monkeypatch: pytest.Mon
         list(get_format("onnx").read(tmp_path / "out"))
 
 
+# Turned red by a copy that takes the trainer or the teacher along, or by a callback that forgets its example.
+@pytest.mark.consumer
+def test_the_callback_rehearses_and_exports(tmp_path: Path) -> None:
+    import pytorch_lightning as pl
+
+    from qat.callbacks import DistillationCallback, ExportCallback, QATCallback
+
+    class Lit(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return self(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 1e-2)
+
+    recipe = from_dict({"name": "small", "rules": LINEAR4, "export": {"targets": ["onnx"]}})
+    module, data = Lit(), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X.repeat(4, 1)), batch_size=4)
+    exporter = ExportCallback(tmp_path / "out", example_inputs=X)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[QATCallback(recipe, real=False), DistillationCallback(), exporter],
+    )
+    trainer.fit(module, data)
+    assert exporter.receipts["onnx"].max_abs_diff == 0
+    with torch.no_grad():
+        assert_close(module.eval()(X), run(tmp_path / "out", {"x": X})["output"])
+
+
+# Turned red by example inputs that a config does not give, and by a tokenizer that is not saved.
+@pytest.mark.consumer
+def test_the_command_line_exports_a_tied_model(
+    make_model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qat.cli import main
+
+    model = make_model(tie_word_embeddings=True, num_hidden_layers=1, bos_token_id=0, eos_token_id=1)
+    model.save_pretrained(tmp_path / "float")
+    tokenizer.save_pretrained(tmp_path / "float")
+    rules = {"layers": {"types": ["Linear", "Embedding"], "weight": {"bits": 4, **BY_GROUP}}}
+    prepared(model, rules)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "x.ckpt")
+    folder = tmp_path / "out"
+    words = ["export", str(tmp_path / "x.ckpt"), "--model", str(tmp_path / "float"), "--out", str(folder)]
+    assert main([*words, "--format", "onnx"]) == 0 and "equals the trained weight" in capsys.readouterr().out
+    assert (folder / "tokenizer.json").is_file() and (folder / "config.json").is_file()
+    ids = torch.randint(0, 300, (3, 11), generator=torch.Generator().manual_seed(1))
+    theirs = run(folder, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})["logits"]
+    with torch.no_grad():
+        assert_close(model(ids).logits, theirs)
+    assert main(["verify", str(folder)]) == 0
+
+
 def plan_reasons(format: str, rules: dict[str, Any], model: nn.Module) -> str:
     plan = qat.plan(model, from_dict({"name": "small", "rules": rules}))
     return "; ".join(get_format(format).check(plan))
