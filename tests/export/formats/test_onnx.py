@@ -233,6 +233,7 @@ def test_golden_bytes() -> None:
         granularity="group",
         group_size=2,
     )
+    assert onnx_tensors.place_of(turned.spec, turned.layout) == onnx_tensors.Place((4, 2), 0, 2)
     packed = onnx_tensors.pack(turned)
     assert packed["quantized"].tolist() == [0x21, 0x43, 0x65, 0x87] and packed["scale"].tolist() == [[1, 3], [2, 4]]
     by_group = qtensor(torch.arange(-8, 8).repeat(2, 1), [[0.5], [2.0]], bits=4, granularity="group", group_size=16)
