@@ -241,13 +241,24 @@ def _as_float(value: Tensor) -> Tensor:
 def _by_name(module: nn.Module, args: Any, kwargs: Any, dims: Any) -> tuple[tuple[Any, Any], Any]:
     """((args, kwargs), their free dimensions), by the names of the forward's parameters where it has them."""
     parameters = inspect.signature(module.forward).parameters
-    if any(p.kind in (p.VAR_POSITIONAL,) for p in parameters.values()) and args:
-        return (args, kwargs), (dims[0] if not kwargs else None)
-    named = dict(zip(parameters, args, strict=False))
-    given = dict(zip(parameters, dims[0], strict=False))
-    if len(named) < len(args):
+    kinds = {p.kind: name for name, p in parameters.items()}
+    rest = kinds.get(inspect.Parameter.VAR_KEYWORD)
+    shapes = {name: value for name, value in dims[1].items() if name in parameters}
+    others = {name: value for name, value in dims[1].items() if name not in parameters}
+    if rest is not None and others:
+        shapes[rest] = others
+    star = kinds.get(inspect.Parameter.VAR_POSITIONAL)
+    if star is not None and args:
+        before = list(parameters).index(star)
+        return (args, kwargs), {
+            **dict(zip(parameters, dims[0][:before], strict=False)),
+            star: dims[0][before:],
+            **shapes,
+        }
+    if len(args) > len(parameters):
         raise ExportError(f"{len(args)} example inputs for a forward of {len(parameters)}")
-    return ((), {**named, **kwargs}), {**given, **dims[1]}
+    named = dict(zip(parameters, args, strict=False))
+    return ((), {**named, **kwargs}), {**dict(zip(parameters, dims[0], strict=False)), **shapes}
 
 
 def _name_outputs(model: Any, exported: Any) -> None:
