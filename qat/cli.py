@@ -225,6 +225,7 @@ def export(
     from qat.export.atomic import refuse_target
     from qat.hf import empty_model, has_tokenizer, load_tokenizer
     from qat.state import require_state
+    from qat.tasks.image_classification import example_images
 
     wanted = formats_for(format, consumers)
     folders = {name: out / name if len(wanted) > 1 else out for name in wanted} or {"": out}
@@ -237,7 +238,8 @@ def export(
     if not wanted:
         folders = {_only_target(require_state(trained).record.recipe): out}
     found = qat.convert(trained)
-    found.example_inputs = _images(model, list(folders))
+    if any(get_format(name).needs == "graph" for name in folders):
+        found.example_inputs = example_images(model)
     for name in folders if len(folders) > 1 else ():
         refuse_if(get_format(name).check(found, words), f"{name} cannot hold this model", ExportError)
     for name, folder in folders.items():
@@ -315,21 +317,6 @@ def _targets(found: Bundle, tokenizer: Any, recipe: Recipe) -> None:
             refused.append(f"{name} cannot hold this recipe: {'; '.join(reasons)}")
     if refused:
         raise ExportError("; ".join(refused))
-
-
-def _images(model: Path, formats: list[str]) -> Any:
-    """Two images as the model's own processor gives them, for formats that trace a graph; None where it has none."""
-    from qat.export import get_format
-
-    graphs = any(get_format(name).needs == "graph" for name in formats)
-    if not graphs or not (model / "preprocessor_config.json").is_file():
-        return None
-    from PIL import Image
-
-    from qat.tasks.image_classification import load_processor
-
-    blank = Image.new("RGB", (64, 64))
-    return dict(load_processor(str(model))(images=[blank, blank], return_tensors="pt"))
 
 
 def _only_target(recipe: dict[str, Any]) -> str:

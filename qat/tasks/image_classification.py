@@ -98,6 +98,16 @@ def load_processor(folder: str) -> Any:
         raise QATError(f"the image processor in {folder} cannot be loaded: {_sentence(problem)}") from None
 
 
+def example_images(folder: Path) -> dict[str, Tensor] | None:
+    """Two blank images as the folder's image processor gives them, to trace a graph with; None if it has none."""
+    if not (folder / "preprocessor_config.json").is_file():
+        return None
+    from PIL import Image
+
+    blank = Image.new("RGB", (64, 64))
+    return dict(load_processor(str(folder))(images=[blank, blank], return_tensors="pt"))
+
+
 def read_images(train: Train, paths: list[str], key: str) -> list[tuple[Any, Any]]:
     """(path, bytes or image, label) pairs. Raises QATError for folders without classes and records without the keys."""
     found: list[tuple[Any, Any]] = []

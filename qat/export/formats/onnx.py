@@ -44,6 +44,9 @@ class Onnx(Format):
 
     name = "onnx"
     needs = "graph"
+    bits = "1 to 8"
+    contents = "integers and 8-bit floats behind DequantizeLinear, inputs with a fixed range; any traced model"
+    consumers = ("onnxruntime",)
     # a protobuf ends at 2 GiB
     external: ClassVar[int] = 1 << 30
     # bits of a weight's code, at least

@@ -33,6 +33,8 @@ class OnnxNBits(Onnx):
     """For onnxruntime alone."""
 
     name = "onnx-nbits"
+    contents = "MatMulNBits of 2, 4 and 8 bits for Linear layers in groups; the rest as onnx"
+    consumers = ()
 
     def row_reasons(self, row: PlanRow) -> list[str]:
         found = super().row_reasons(row)

@@ -43,6 +43,8 @@ class OpenVino(Onnx):
     """For OpenVINO's runtime and its GenAI tools."""
 
     name = "openvino"
+    contents = "integers, nf4 and 8-bit floats, inputs with a fixed range of 8 bits; any traced model"
+    consumers = ("openvino",)
     # its ONNX frontend knows no types of 2 bits
     least = 4
 
