@@ -34,7 +34,7 @@ class OnnxNBits(Onnx):
 
     name = "onnx-nbits"
     contents = "MatMulNBits of 2, 4 and 8 bits for Linear layers in groups; the rest as onnx"
-    consumers = ()
+    consumers = ("onnxruntime-genai",)
 
     def row_reasons(self, row: PlanRow) -> list[str]:
         found = super().row_reasons(row)
