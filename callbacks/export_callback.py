@@ -44,6 +44,8 @@ class ExportCallback(AnyCallback):
     weights     last: those at the end of training (the averaged ones under WeightAveraging; the receipt says ema);
                 best: those of the best checkpoint of a ModelCheckpoint with a monitor. The module keeps the last ones
     overwrite   replace an earlier export in `folder`
+    example_inputs   for formats that hold a graph, as in `qat.export`; None: the deployed module's
+                     `example_input_array`, or what a transformers config says
 
     `receipts` has one receipt for each format when training has ended. Raises QATError or ExportError, nearly always
     before the first step.
@@ -57,6 +59,7 @@ class ExportCallback(AnyCallback):
         tokenizer: Any = None,
         weights: str = "last",
         overwrite: bool = False,
+        example_inputs: Any = None,
     ) -> None:
         if weights not in _WEIGHTS:
             raise QATError(
@@ -66,6 +69,7 @@ class ExportCallback(AnyCallback):
         for name in self.formats:
             get_format(name)
         self.folder, self.tokenizer, self.weights, self.overwrite = Path(folder), tokenizer, weights, overwrite
+        self.example_inputs = example_inputs
         self.receipts: dict[str, Receipt] = {}
 
     @property
@@ -108,7 +112,7 @@ class ExportCallback(AnyCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name in self._targets(trainer.callbacks):  # type: ignore[attr-defined]
-            rehearse_export(qat.convert(pl_module, require_final=False), name, self.tokenizer)
+            rehearse_export(qat.convert(pl_module, require_final=False), name, self.tokenizer, self.example_inputs)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -120,7 +124,13 @@ class ExportCallback(AnyCallback):
         with self._weights(trainer, pl_module):
             for name, target in self._targets(callbacks).items():
                 self.receipts[name] = export(
-                    pl_module, target, name, tokenizer=self.tokenizer, overwrite=self.overwrite, weights=said
+                    pl_module,
+                    target,
+                    name,
+                    tokenizer=self.tokenizer,
+                    overwrite=self.overwrite,
+                    weights=said,
+                    example_inputs=self.example_inputs,
                 )
 
     @contextmanager

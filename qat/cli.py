@@ -33,6 +33,10 @@ _EXTRAS = {
     "gptqmodel": "gptq",
     "jinja2": "report",
     "matplotlib": "report",
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
+    "onnxscript": "onnx",
+    "openvino": "openvino",
     "optimum": "gptq",
     "PIL": "vision",
     "pyarrow": "hf",
@@ -223,6 +227,7 @@ def export(
     from qat.export.atomic import refuse_target
     from qat.hf import empty_model, has_tokenizer, load_tokenizer
     from qat.state import require_state
+    from qat.tasks.image_classification import example_images
 
     wanted = formats_for(format, consumers)
     folders = {name: out / name if len(wanted) > 1 else out for name in wanted} or {"": out}
@@ -235,6 +240,8 @@ def export(
     if not wanted:
         folders = {_only_target(require_state(trained).record.recipe): out}
     found = qat.convert(trained)
+    if any(get_format(name).needs == "graph" for name in folders):
+        found.example_inputs = example_images(model)
     for name in folders if len(folders) > 1 else ():
         refuse_if(get_format(name).check(found, words), f"{name} cannot hold this model", ExportError)
     for name, folder in folders.items():

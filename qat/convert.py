@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.adapters import Adapters, refuse_later
+from qat.adapters import Adapters, refuse_later, wrappers
 from qat.errors import ExportError, QATError
 from qat.fold.rotate import restructure
 from qat.layers import QATLayer, input_quantizer, original_class, weight_quantizers
+from qat.layout import Layout
 from qat.plan import Plan, deployed, has_config
-from qat.prepare import prepare
+from qat.prepare import prepare, unprepare
 from qat.qtensor import QTensor
 from qat.quantizers import Fields, Quantizer
 from qat.recipes import from_dict
@@ -38,7 +40,10 @@ class Bundle(Mapping[str, QTensor]):
     inputs      layer name -> (spec, stored fields of a static range or None)
     plan        the plan with the names of the prepared root; `prefix` is what to strip from them
     recipe, step, weights   for the receipt; `weights` says which ones these are: last, best or ema
+    example_inputs          what the module is called with, for formats that trace a graph: see `qat.export`
     """
+
+    example_inputs: Any = None
 
     def __init__(self, model: nn.Module, weights: str = "last") -> None:
         state = require_state(model)
@@ -145,6 +150,35 @@ class Bundle(Mapping[str, QTensor]):
             for name, value in self.module.state_dict(keep_vars=True).items()
             if isinstance(value, Tensor) and not any(name.startswith(f"{prefix}.") for prefix in own)
         }
+
+    def layouts(self) -> dict[str, Layout]:
+        """Parameter name -> how its rows are taken."""
+        return {name: quantizer.layout for name, (_, _, quantizer) in self._where.items()}
+
+    def plain(self) -> tuple[nn.Module, dict[str, nn.Module]]:
+        """(a float32 copy of the module on the CPU, in eval mode and without quantizers and adapters; its layers by the
+        names of the bundle). Planned weights are zeros that take no memory: what they are is in the bundle."""
+        live = self.parameters
+        memo: dict[int, Any] = {
+            id(live[name]): nn.Parameter(torch.zeros(1).expand(live[name].shape), requires_grad=False)
+            for name in (*self._where, *self.tied)
+        }
+        # a trainer that the module knows is not copied with it
+        others = (
+            value for m in self.module.modules() for value in (m.__dict__.get("_trainer"), m.__dict__.get("_fabric"))
+        )
+        memo |= {id(value): value for value in others if value is not None}
+        module = copy.deepcopy(self.module, memo)
+        adapters = Adapters(module)
+        layers = {adapters.name(name): m for name, m in module.named_modules() if id(m) not in adapters.inner}
+        unprepare(module)
+        for name, wrapper in wrappers(module).items():
+            parent, _, last = name.rpartition(".")
+            module.get_submodule(parent)._modules[last] = wrapper._modules["base_layer"]
+        for value in (*module.parameters(), *module.buffers()):
+            value.requires_grad_(False)
+            value.data = value.data.to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
+        return module.eval(), layers
 
     @property
     def linears(self) -> list[str]:

@@ -68,4 +68,4 @@ def tensor_sha256(tensor: Tensor) -> str:
     tensor = tensor.detach().cpu().contiguous()
     if tensor.is_floating_point():
         tensor = torch.where(tensor == 0, torch.zeros_like(tensor), tensor)
-    return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"").hexdigest()
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"").hexdigest()

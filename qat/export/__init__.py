@@ -63,10 +63,14 @@ def export(
     tokenizer: Any = None,
     overwrite: bool = False,
     weights: str | None = None,
+    example_inputs: Any = None,
 ) -> Receipt:
     """Write the trained integers of a prepared model to `folder` and prove that they are what the file holds.
 
     `tokenizer` is a transformers tokenizer or a folder that holds one. `weights` (last | best | ema) is only recorded.
+    `example_inputs`, for formats that hold a graph (onnx, openvino), is what the deployed module is called with: a
+    tensor, a tuple of arguments or a dict of keyword arguments. None: the module's `example_input_array`, or what a
+    transformers config says. Batch sizes of two or more stay free in the graph.
     The files are written beside `folder`, read back by the consumer's own code, compared, and renamed into place:
     on any error nothing is left. Under torch.distributed every rank calls this; rank 0 writes.
 
@@ -78,6 +82,8 @@ def export(
     fmt = get_format(format)
     bundle = model_or_bundle if isinstance(model_or_bundle, Bundle) else convert(model_or_bundle)
     bundle.weights = weights or bundle.weights
+    if example_inputs is not None:
+        bundle.example_inputs = example_inputs
     target = Path(folder).absolute()
     if _world() == 1:
         refuse_target(target, overwrite)
@@ -93,9 +99,11 @@ def export(
     return receipt
 
 
-def rehearse_export(bundle: Bundle, format: str, tokenizer: Any = None) -> Receipt:
+def rehearse_export(bundle: Bundle, format: str, tokenizer: Any = None, example_inputs: Any = None) -> Receipt:
     """Export into a temporary folder, read back, compare, delete: what step 0 should prove. Raises as `export` does."""
     fmt = get_format(format)
+    if example_inputs is not None:
+        bundle.example_inputs = example_inputs
     refuse_if(fmt.check(bundle, tokenizer), f"{format} cannot hold this model", ExportError)
 
     def write(stream: TensorStream) -> Receipt:

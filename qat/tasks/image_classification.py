@@ -79,7 +79,8 @@ def build(train: Train) -> tuple[ImageClassification, Batches, None]:
         pixels = processor(images=[open_image(image) for image, _ in batch], return_tensors="pt")["pixel_values"]
         return pixels, torch.tensor([names[str(label)] for _, label in batch])
 
-    collate([samples[0]])
+    # what a graph is traced with: a network of convolutions takes images of any size
+    model.example_input_array = {"pixel_values": collate([samples[0], samples[0]])[0]}  # type: ignore[assignment]
     return ImageClassification(model.train(), train), Batches(samples, held_out, train, collate), None
 
 
@@ -95,6 +96,16 @@ def load_processor(folder: str) -> Any:
         return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as problem:
         raise QATError(f"the image processor in {folder} cannot be loaded: {_sentence(problem)}") from None
+
+
+def example_images(folder: Path) -> dict[str, Tensor] | None:
+    """Two blank images as the folder's image processor gives them, to trace a graph with; None if it has none."""
+    if not (folder / "preprocessor_config.json").is_file():
+        return None
+    from PIL import Image
+
+    blank = Image.new("RGB", (64, 64))
+    return dict(load_processor(str(folder))(images=[blank, blank], return_tensors="pt"))
 
 
 def read_images(train: Train, paths: list[str], key: str) -> list[tuple[Any, Any]]:

@@ -64,8 +64,8 @@ def test_unpack_inverts_pack(name: str, dtype: torch.dtype) -> None:
     assert held >= {"gguf": 40, "compressed-tensors": 40}.get(name, 1)
 
 
-# Turned red by dropping either check of the stored scale.
-@pytest.mark.parametrize("name", sorted(all_formats()))
+# Turned red by dropping either check of the stored scale. (Graphs compute in float32 and store scales so.)
+@pytest.mark.parametrize("name", sorted(name for name, cls in all_formats().items() if cls.needs == "tensors"))
 def test_a_scale_that_would_be_rounded_is_refused(name: str) -> None:
     spec = QuantSpec(bits=4, granularity="group", group_size=32, scale="fp32")
     trained = make_quantizer(spec, Layout((4, 64))).integers(torch.randn(4, 64), torch.bfloat16)
