@@ -230,7 +230,7 @@ def _super_block(
     name: str, words: dict[str, Any], extra: float, size: int = 32, top: int = 31, minima: bool = False
 ) -> TwoLevel:
     bounds = torch.float32, _FP32_SMALLEST, _LARGEST
-    return _SuperBlock(name, *bounds, tuple(words.items()), extra, two_level.SUPER, size, top, minima)
+    return _SuperBlock(name, *bounds, tuple(words.items()), extra, size=size, top=top, minima=minima)
 
 
 _IQ4 = {"kind": "iq4_nl", "granularity": "group", "group_size": 32}
