@@ -20,6 +20,7 @@ and `decode` the numbers that weights are computed with. Both run in every forwa
 
                     codes of scales             times                          of
     q2_k .. q6_k    4, 6 or 8 bits, minima too  fp16 for 256 numbers           integers in groups of 16 or 32: ggml
+    iq4_xs          6 bits                      fp16 for 256 numbers           iq4_nl in groups of 32: ggml
     nvfp4           e4m3                        fp32 for the tensor            fp4 in groups of 16: TensorRT-LLM
     nvfp4_over      e4m3                        1 / fp32 for the tensor        the same: compressed-tensors
     nvfp4_portable  e4m3                        a power of two for the tensor  the same: both, in any float dtype
@@ -136,17 +137,18 @@ class TwoLevel(ScaleGrid):
 
 @dataclass(frozen=True)
 class _SuperBlock(TwoLevel):
-    """ggml's k-quants; parts: sc int8 or uint8 [R, G], d fp16 [R, G / n], and with minima mn, d_min."""
+    """ggml's k-quants and IQ4_XS; parts: sc int8 or uint8 [R, G], d fp16 [R, G / n], and with minima mn, d_min.
+
+    size: numbers of a group; top: the largest code of a scale.
+    """
 
     run: int = two_level.SUPER
-
-    def _kind(self) -> tuple[int, int, bool]:
-        """(groups in a super-block, largest code of a scale, minima)"""
-        size, _, _, top, minima = two_level.KQUANTS[self.name.upper()]
-        return two_level.SUPER // size, top, minima
+    size: int = 32
+    top: int = 31
+    minima: bool = False
 
     def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
-        subs, top, minima = self._kind()
+        subs, top, minima = two_level.SUPER // self.size, self.top, self.minima
         sc, d = two_level.super_scales(scale.abs(), subs, top)
         # a scale of 0 has no sign
         sc = sc if minima else torch.where(scale < 0, -sc.to(torch.int8), sc.to(torch.int8))
@@ -210,7 +212,7 @@ def _dynamic_map(device: torch.device) -> Tensor:
 
 
 def _kquant(name: str, bits_of_scale: int) -> TwoLevel:
-    size, low, high, _, minima = two_level.KQUANTS[name.upper()]
+    size, low, high, top, minima = two_level.KQUANTS[name.upper()]
     words = {
         "kind": "int",
         "bits": (high - low).bit_length(),
@@ -221,9 +223,17 @@ def _kquant(name: str, bits_of_scale: int) -> TwoLevel:
         "zero_point": "float" if minima else "none",
     }
     extra = (1 + minima) * (bits_of_scale + 16 * size / two_level.SUPER)
-    return _SuperBlock(name, torch.float32, _FP32_SMALLEST, _LARGEST, tuple(words.items()), extra)
+    return _super_block(name, words, extra, size, top, minima)
 
 
+def _super_block(
+    name: str, words: dict[str, Any], extra: float, size: int = 32, top: int = 31, minima: bool = False
+) -> TwoLevel:
+    bounds = torch.float32, _FP32_SMALLEST, _LARGEST
+    return _SuperBlock(name, *bounds, tuple(words.items()), extra, size=size, top=top, minima=minima)
+
+
+_IQ4 = {"kind": "iq4_nl", "granularity": "group", "group_size": 32}
 _FP4 = (("kind", "fp4"), ("granularity", "group"), ("group_size", 16), ("signed_scale", False))
 _NF4 = (("kind", "nf4"), ("granularity", "group"), ("signed_scale", False))
 SCALE_GRIDS: dict[str, ScaleGrid] = {
@@ -236,6 +246,7 @@ SCALE_GRIDS: dict[str, ScaleGrid] = {
         ScaleGrid("fp32", torch.float32, _FP32_SMALLEST, _LARGEST),
         *([ScaleGrid("e8m0", _E8M0, _FP32_SMALLEST, _LARGEST)] if _E8M0 else ()),
         *(_kquant(name, bits) for name, bits in (("q2_k", 4), ("q3_k", 6), ("q4_k", 6), ("q5_k", 6), ("q6_k", 8))),
+        _super_block("iq4_xs", _IQ4, 8.0),
         _Nvfp4("nvfp4", torch.float32, _FP32_SMALLEST, _LARGEST, _FP4, 8.0),
         _Nvfp4("nvfp4_over", torch.float32, _FP32_SMALLEST, _LARGEST, _FP4, 8.0),
         _Nvfp4("nvfp4_portable", torch.float32, _FP32_SMALLEST, _LARGEST, _FP4, 8.0),

@@ -73,8 +73,9 @@ class QuantSpec:
         found = self.grid.reasons()
         if self.kind != "int":
             found += self._kind_reasons()
-        if self.signed_scale and not (self.kind == "int" and self.signed and self.zero_point == "none"):
-            found.append("signed_scale=true needs signed integers with zero_point=none")
+        # the other grids are the same on both sides
+        if self.signed_scale and not (self.kind in ("int", "iq4_nl") and self.signed and self.zero_point == "none"):
+            found.append("signed_scale=true needs signed integers with zero_point=none, or kind=iq4_nl")
         elif self.signed_scale and self.narrow:
             found.append("signed_scale=true does nothing for a narrow grid, which is the same on both sides")
         if self.granularity not in GRANULARITIES:

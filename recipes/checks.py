@@ -43,7 +43,7 @@ WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 INPUT_GRANULARITIES = ("tensor", "token", "group")
 OUTPUT_QUANTIZERS = {name: INPUT_QUANTIZERS[name] for name in ("absmax", "minmax")}
 ZERO_POINTS = ("none", "int", "float")
-TWO_LEVELS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "nvfp4", "nvfp4_over", "nvfp4_portable", "bnb_nested")
+TWO_LEVELS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "nvfp4", "nvfp4_over", "nvfp4_portable", "bnb_nested")
 SCALES = ("portable", "fp32", "fp16", "bf16", "e8m0", *TWO_LEVELS)
 # grids with bits of their own; integers have those of the recipe
 GRID_BITS = {"ternary": 2, "seq": 2, "binary": 1, "nf4": 4, "bnb_fp4": 4, "iq4_nl": 4, "fp4": 4, "e4m3": 8, "e5m2": 8}
@@ -242,9 +242,9 @@ def _grid(slot: Slot, path: str) -> list[str]:
             found.append(f"{said} with signed_scale=true, of which it says no sign; allowed: null")
     if slot.signed_scale:
         said = f"{path}.signed_scale: true is not allowed with"
-        if bits is not None or slot.zero_point != "none" or not slot.is_signed or slot.narrow:
+        if slot.grid not in ("int", "iq4_nl") or slot.zero_point != "none" or not slot.is_signed or slot.narrow:
             found.append(
-                f"{said} these codes; allowed: false, or grid=int, zero_point=none, signed codes, narrow=false"
+                f"{said} these codes; allowed: false, or grid=int (iq4_nl), zero_point=none, signed codes, narrow=false"
             )
         if slot.quantizer in DYNAMIC_QUANTIZERS:
             found.append(f"{said} quantizer={slot.quantizer}; allowed: false, or quantizer=mse or lsq")

@@ -27,9 +27,9 @@ class Slot:
     # Leave out the most negative code: -127..127 instead of -128..127.
     narrow: bool = False
     # How a scale is stored: portable | fp32 | fp16 | bf16 | e8m0, powers of two; for weights also as a code times a
-    # scale that groups share: q2_k | q3_k | q4_k | q5_k | q6_k, ggml's k-quants | nvfp4, as TensorRT-LLM has it,
-    # nvfp4_over, as compressed-tensors has it, or nvfp4_portable, as both have it | bnb_nested, double quantization of
-    # bitsandbytes.
+    # scale that groups share: q2_k | q3_k | q4_k | q5_k | q6_k, ggml's k-quants | iq4_xs, ggml's too, for grid=iq4_nl |
+    # nvfp4, as TensorRT-LLM has it, nvfp4_over, as compressed-tensors has it, or nvfp4_portable, as both have it |
+    # bnb_nested, double quantization of bitsandbytes.
     scale: str = "portable"
     # How a scale is found. Weights: absmax | minmax | mse | lsq | lsq_plus, with a learned zero point | ewgs and quest,
     # other gradients of the weight | absmean, for grid=ternary; inputs: absmax | minmax | lsq | lsq_plus | pact | ema.
@@ -38,8 +38,8 @@ class Slot:
     # (2 bits) | binary: -1, 1 (1 bit) | nf4, iq4_nl: tables of 16 levels (4 bits) | fp4: floats e2m1 (4 bits)
     # | bnb_fp4: the other 4-bit float, of bitsandbytes | e4m3, e5m2: floats (8 bits).
     grid: str = "int"
-    # A scale may be negative, which gives the extra negative code of a signed grid to either side; for quantizer=mse
-    # and lsq and formats that store the sign (GGUF Q4_0).
+    # A scale may be negative, which gives the extra negative code of a signed grid, or the longer side of iq4_nl, to
+    # either side; for quantizer=mse and lsq and formats that store the sign (GGUF Q4_0, IQ4_NL).
     signed_scale: bool = False
     # Share of the numbers that a range holds, in %, above 50; of the magnitudes where there is no zero point. For
     # quantizer=lsq it is the range at the start, for ema that of each step's inputs. null: the range of least squared

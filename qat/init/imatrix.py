@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qat.codes import stays
 from qat.errors import QATError
-from qat.export.gguf_model import ARCHITECTURES, gguf_name, name_table
+from qat.export.gguf_model import ARCHITECTURES, gguf_names, name_table
 from qat.init.gptq import LayerError, calibrating, renamed
 from qat.init.inputs import Squares, importance
 from qat.init.obs import hat
@@ -166,7 +166,7 @@ def read_imatrix(path: str | PathLike[str], model: nn.Module) -> dict[str, Tenso
     table = name_table(ARCHITECTURES[kind], config.num_hidden_layers)  # type: ignore[union-attr]
     found: dict[str, Tensor] = {}
     for name in qat_layers(inner):
-        own = gguf_name(table, f"{name}.weight")
+        own = next(iter(gguf_names(table, f"{name}.weight")), None)
         sums, counts = (entries.get(f"{own}.{part}") for part in ("in_sum2", "counts"))
         if sums is not None and counts is not None and counts.numel() == 1:
             found[f"{prefix}{name}.weight"] = sums.flatten() / counts.flatten().clamp_min(1.0)

@@ -33,17 +33,16 @@ def search(w_RK: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> F
         return fields_of_range(*percentile_range(w_RK, spec), spec)
     if importance is not None:
         importance = importance.expand(w_RK.shape)
-    if not spec.is_int or spec.scale == "e8m0":
-        return _search_levels(w_RK, spec, importance)
-    fields, error = _search_integers(w_RK, spec, importance)
+    search_one_side = _search_integers if spec.is_int and spec.scale != "e8m0" else _search_levels
+    fields, error = search_one_side(w_RK, spec, importance)
     if not spec.signed_scale:
         return fields
-    mirrored, other = _search_integers(-w_RK, spec, importance)
+    mirrored, other = search_one_side(-w_RK, spec, importance)
     return Fields(torch.where(other < error, -mirrored.scale, fields.scale))
 
 
-def _search_levels(w_RK: Tensor, spec: QuantSpec, importance: Tensor | None) -> Fields:
-    """Symmetric scales of grids for which there is no kernel of candidates."""
+def _search_levels(w_RK: Tensor, spec: QuantSpec, importance: Tensor | None) -> tuple[Fields, Tensor]:
+    """Positive scales of grids for which there is no kernel of candidates, and their squared errors [R, G]."""
     whole = spec.granularity == "tensor"
     rows = w_RK.reshape(1, -1) if whole else w_RK
     groups = 1 if whole else spec.groups(w_RK.shape[1])
@@ -64,7 +63,7 @@ def _search_levels(w_RK: Tensor, spec: QuantSpec, importance: Tensor | None) -> 
         error = errors.reshape(*scale.shape, -1).sum(-1).float()
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return Fields(best)
+    return Fields(best), least
 
 
 def _search_integers(w_RK: Tensor, spec: QuantSpec, importance: Tensor | None) -> tuple[Fields, Tensor]:

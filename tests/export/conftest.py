@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -100,7 +101,7 @@ def make_model() -> Callable[..., Any]:
         sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 320}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
         config = getattr(transformers, f"{kind}Config")(**{**sizes, **heads, "initializer_range": 0.15, **changes})
-        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:  # norms and biases start as ones and zeros, which would hide a mix-up
@@ -133,6 +134,23 @@ def quantize() -> Callable[..., qat.Bundle]:
         return qat.convert(model)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def read_by_c() -> Callable[[str, torch.Tensor, int], torch.Tensor]:
+    """(ggml type, bytes, how many numbers) -> fp32 [numbers], by the C code that llama.cpp runs."""
+    extension = pytest.importorskip("xllamacpp.xllamacpp", reason="llama.cpp (xllamacpp) is not installed")
+    library = ctypes.CDLL(extension.__file__)
+
+    def read(kind: str, data: torch.Tensor, count: int) -> torch.Tensor:
+        function = getattr(library, f"dequantize_row_{kind.lower().removesuffix('_k')}" + "_K" * kind.endswith("_K"))
+        function.restype, data = None, data.contiguous()
+        found = torch.empty(count)
+        pointers = ctypes.c_void_p(data.data_ptr()), ctypes.c_void_p(found.data_ptr())
+        function(*pointers, ctypes.c_int64(count))
+        return found
+
+    return read
 
 
 KEEP_HEAD = {"match": ["lm_head"], "keep_float": True}

@@ -39,7 +39,7 @@ def test_the_receipt_hashes_the_weight_of_the_forward(bundle: qat.Bundle, tokeni
 def test_an_exception_in_the_middle_leaves_nothing(
     bundle: qat.Bundle, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = Gguf._bytes, []
+    real, seen = Gguf._parts, []
 
     def fails_later(self: Gguf, *args: Any) -> Any:
         seen.append(1)
@@ -47,7 +47,7 @@ def test_an_exception_in_the_middle_leaves_nothing(
             raise RuntimeError("the disk caught fire")
         return real(self, *args)
 
-    monkeypatch.setattr(Gguf, "_bytes", fails_later)
+    monkeypatch.setattr(Gguf, "_parts", fails_later)
     with pytest.raises(RuntimeError, match="caught fire"):
         export(bundle, tmp_path / "a" / "out", "gguf", tokenizer=tokenizer)
     assert len(seen) == 7 and list(tmp_path.iterdir()) == []

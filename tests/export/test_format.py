@@ -99,14 +99,18 @@ def test_reasons_name_layers_and_the_nearest_grid() -> None:
         ("gguf", {"scale": "fp32"}, "GGUF stores scales in fp16; use scale: portable"),
         ("gguf", {"scale": "bf16"}, "GGUF stores scales in fp16"),
         ("gguf", {"group_size": 16}, "GGUF blocks are 32 numbers; use group_size=32"),
-        ("gguf", {"signed": False}, "signed=false"),
-        ("gguf", {"zero_point": "float", "signed": False}, "zero_point=float: Q4_0 and Q8_0 have none"),
+        ("gguf", {"signed": False, "bits": 8}, "signed=false"),
+        (
+            "gguf",
+            {"zero_point": "float", "signed": False, "bits": 6},
+            "zero_point=float: GGUF types with a minimum, Q4_1 and Q5_1, have",
+        ),
         ("compressed-tensors", {"zero_point": "float", "signed": False}, "nearest: zero_point: int"),
         ("compressed-tensors", {"scale": "e8m0"}, "scale=e8m0: compressed-tensors stores scales of integers as floats"),
         ("compressed-tensors", {"kind": "nf4"}, "grid nf4: compressed-tensors has integers, e4m3 and fp4"),
         ("compressed-tensors", {"signed_scale": True, "quantizer": "mse"}, "compressed-tensors has positive scales"),
         ("gguf", {"scale": "e8m0"}, "GGUF stores scales in fp16"),
-        ("gguf", {"kind": "e4m3", "bits": 8}, "grid e4m3: Q4_0 and Q8_0 hold integers"),
+        ("gguf", {"kind": "e4m3", "bits": 8}, "grid e4m3: GGUF types hold integers"),
     ],
 )
 def test_grids_that_do_not_fit(name: str, changes: dict[str, object], words: str) -> None:

@@ -182,7 +182,7 @@ def test_files_that_cannot_be_read(recipe: Build, tmp_path: Path) -> None:
     write_imatrix(tmp_path / "other.gguf", {"blk.9.ffn_down.weight": torch.ones(64)}, 2)
     with pytest.raises(QATError, match="no mean squares of this model's inputs"):
         read_imatrix(tmp_path / "other.gguf", model)
-    with pytest.raises(QATError, match="llama, mistral, qwen2, qwen3, not of None"):
+    with pytest.raises(QATError, match=r"llama, mistral, mixtral, qwen2, .*not of None"):
         net = Net()
         qat.prepare(net, small(recipe))
         read_imatrix(tmp_path / "other.gguf", net)
