@@ -1,7 +1,8 @@
 """Frozen scale, searched once: the candidate with the least squared error of each group.
 
 Candidates shrink the group's range by 60 factors from 1.0 down to 0.2 of absmax / minmax (`algorithms`: MSE search,
-e.g. OMSE, Choukroun et al. 2019); powers of two: that of OCP MX, its double and its half. Scales that may be negative
+e.g. OMSE, Choukroun et al. 2019), and with minima, or scales of two levels, fields of least squares after that
+(`_least_squares`); powers of two: that of OCP MX, its double and its half. Scales that may be negative
 are searched for -w too. The scale then stays; weights are trained under it with the straight-through gradient inside
 the grid and none where it clips.
 """
@@ -14,6 +15,7 @@ from torch import Tensor
 from qat.fake_quant_kernels import mse_search
 from qat.fake_quant_kernels.fields import amax_of, range_of
 from qat.qtensor import Fields
+from qat.quantizers._least_squares import refined
 from qat.quantizers.base import Quantizer, fields_of_range, joined, percentile_range, scales_of_amax, split
 from qat.scales import TwoLevel
 from qat.specs import QuantSpec
@@ -92,7 +94,10 @@ def _search_integers(w_RK: Tensor, spec: QuantSpec, importance: Tensor | None) -
         above = offset > 0
         high = range_of(w_RK, spec.groups(w_RK.shape[1]))[1]
         scale, offset = torch.where(above, high * (1.0 / grid.steps), scale), offset.clamp(max=0.0)
-    return Fields(scale, offset if kind == 1 else None, offset if kind == 2 else None), error
+    found = Fields(scale, offset if kind == 1 else None, offset if kind == 2 else None)
+    if kind == 2 or (kind == 0 and isinstance(stored, TwoLevel)):
+        return refined(w_RK, spec, found, importance)
+    return found, error
 
 
 class Stored(Quantizer):

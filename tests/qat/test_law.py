@@ -47,7 +47,7 @@ from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.grids import KINDS as GRID_KINDS
 from qat.layout import Layout
 from qat.plan import PlanRow
-from qat.quantizers import Fields, Quantizer, make_quantizer, mse, quantizers
+from qat.quantizers import Fields, Quantizer, _least_squares, make_quantizer, mse, quantizers
 from qat.registry import discover
 from qat.scales import SCALE_GRIDS, TwoLevel
 from qat.specs import QuantSpec
@@ -215,6 +215,8 @@ def short_search() -> Iterator[None]:
     """The law holds for any scale: a search of 4 candidates instead of 60 is as good here, and much faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mse, "CANDIDATES", 4)
+        patch.setattr(_least_squares, "STARTS", (0.5,))
+        patch.setattr(_least_squares, "ROUNDS", 1)
         yield
 
 
