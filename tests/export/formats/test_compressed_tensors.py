@@ -65,7 +65,9 @@ def assert_same_weights(loaded: Any, bundle: qat.Bundle) -> None:
 # for weight-only, a group without `format`, `lm_head` missing from `ignore`.
 @pytest.mark.consumer
 @pytest.mark.parametrize("name", sorted(GRIDS))
-def test_transformers_loads_the_trained_weights(name: str, make_model: Any, quantize: Any, tmp_path: Path) -> None:
+def test_transformers_loads_the_trained_weights(
+    name: str, make_model: Any, quantize: Any, tmp_path: Path, ran: Any
+) -> None:
     weight, given = GRIDS[name]
     model = make_model()
     ids = torch.randint(0, 320, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -76,6 +78,7 @@ def test_transformers_loads_the_trained_weights(name: str, make_model: Any, quan
     assert_same_weights(loaded, bundle)
     with torch.no_grad():
         ours, theirs = model(ids).logits, loaded(ids).logits
+    ran("compressed-tensors", "transformers", f"Llama, {name}", logits=(ours - theirs).abs().max())
     if given is DYNAMIC:
         # compressed-tensors divides by the scale where we multiply by its reciprocal: now and then a code of an input
         # (never of a weight) is one off

@@ -112,14 +112,15 @@ def divergence(bundle: qat.Bundle, file: Path) -> float:
 @pytest.mark.consumer
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_llama_cpp_computes_the_trained_model(
-    name: str, make_model: Any, quantize: Any, tokenizer: Any, tmp_path: Path, record_property: Any
+    name: str, make_model: Any, quantize: Any, tokenizer: Any, tmp_path: Path, ran: Any
 ) -> None:
     kind, changes = MODELS[name]
     types, rules = ("Linear", "Embedding", "Experts"), {"head": KEEP_HEAD} if name in SCALED else {}
     bundle = quantize(make_model(kind, **changes), {"bits": 8}, types, **rules)
     receipt = export(bundle, tmp_path / "out", "gguf", tokenizer=tokenizer)
     assert receipt.reader == f"gguf {gguf_version()}" and receipt.max_abs_diff == 0.0
-    record_property("kl", found := divergence(bundle, tmp_path / "out" / "model.gguf"))
+    found = divergence(bundle, tmp_path / "out" / "model.gguf")
+    ran("gguf", "llama.cpp", f"{name}, 8 bits", kl=found)
     assert found < 3e-3
 
 
@@ -151,13 +152,14 @@ def test_models_in_nvfp4(
 @pytest.mark.consumer
 @pytest.mark.parametrize("name", ["gemma2", "gemma3, stretched", "mixtral", "phi3", "qwen3 moe", "yarn rope of qwen3"])
 def test_llama_cpp_computes_the_floats(
-    name: str, make_model: Any, quantize: Any, tokenizer: Any, tmp_path: Path, record_property: Any
+    name: str, make_model: Any, quantize: Any, tokenizer: Any, tmp_path: Path, ran: Any
 ) -> None:
     kind, changes = MODELS[name]
     one = {"match": ["*.1.self_attn.o_proj"], "weight": {"bits": 8, "granularity": "group", "group_size": 32}}
     bundle = quantize(make_model(kind, **changes), {"bits": 8}, rest={"match": ["*"], "keep_float": True}, one=one)
     export(bundle, tmp_path / "out", "gguf", tokenizer=tokenizer)
-    record_property("kl", found := divergence(bundle, tmp_path / "out" / "model.gguf"))
+    found = divergence(bundle, tmp_path / "out" / "model.gguf")
+    ran("gguf", "llama.cpp", f"{name}, one layer of 8 bits", kl=found)
     assert found < 1e-4
 
 
@@ -166,7 +168,7 @@ def test_llama_cpp_computes_the_floats(
 @pytest.mark.consumer
 @pytest.mark.parametrize("name", sorted(GRIDS))
 def test_every_grid_is_read_by_every_consumer(
-    name: str, make_model: Any, quantize: Any, tokenizer: Any, read_by_c: Any, tmp_path: Path, record_property: Any
+    name: str, make_model: Any, quantize: Any, tokenizer: Any, read_by_c: Any, tmp_path: Path, ran: Any
 ) -> None:
     """Learned scales have moved. gguf.quants, ggml in C, transformers: the trained weights; llama.cpp runs them."""
     words, kind = GRIDS[name], name.split()[0].upper()
@@ -183,7 +185,8 @@ def test_every_grid_is_read_by_every_consumer(
     qat.weights_changed(model)
     receipt = export(bundle, tmp_path / "out", "gguf", tokenizer=tokenizer)
     assert receipt.max_abs_diff == 0.0
-    record_property("kl", found := divergence(bundle, tmp_path / "out" / "model.gguf"))
+    found = divergence(bundle, tmp_path / "out" / "model.gguf")
+    ran("gguf", "llama.cpp", f"Llama, {name}", kl=found)
     assert found < 3e-3
 
     stored = {t.name: t for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}

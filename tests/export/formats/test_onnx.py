@@ -280,7 +280,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 # Turned red by an input that is not rounded, by zero points of the other sign, by batch norms of training.
 @pytest.mark.consumer
-def test_a_resnet_of_8_bits_classifies_digits_as_its_fake_quantized_model(tmp_path: Path) -> None:
+def test_a_resnet_of_8_bits_classifies_digits_as_its_fake_quantized_model(tmp_path: Path, ran: Any) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.ResNetConfig(
@@ -307,6 +307,7 @@ def test_a_resnet_of_8_bits_classifies_digits_as_its_fake_quantized_model(tmp_pa
     with torch.no_grad():
         ours = model(held_out).logits
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+    ran("onnx", "onnxruntime", "ResNet of 8 bits trained on digits", logits=(ours - theirs).abs().max())
     assert float((ours.argmax(-1) == labels[1400:]).float().mean()) > 0.8
     # an input within 1e-6 of the middle between two codes may round the other way: one step of one number
     assert float((ours - theirs).abs().mean()) < 1e-3 * float(ours.abs().mean())
@@ -316,7 +317,7 @@ def test_a_resnet_of_8_bits_classifies_digits_as_its_fake_quantized_model(tmp_pa
 
 
 @pytest.mark.consumer
-def test_an_encoder_of_8_and_4_bits(tmp_path: Path) -> None:
+def test_an_encoder_of_8_and_4_bits(tmp_path: Path, ran: Any) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     torch.manual_seed(0)
@@ -335,6 +336,7 @@ def test_an_encoder_of_8_and_4_bits(tmp_path: Path) -> None:
     with torch.no_grad():
         ours = model(**given).last_hidden_state
     assert float(nn.functional.cosine_similarity(ours, theirs, dim=-1).min()) > 1 - 1e-6
+    ran("onnx", "onnxruntime", "BERT of 8 and 4 bits", states=(ours - theirs).abs().max())
     assert_close(ours, theirs)
 
 
