@@ -5,6 +5,10 @@
                                                     file only with --out
     python -m benchmarks.quality --only 'B1 W4'     cases whose name contains this; with --out, in place of those that
                                                     the file holds
+    python -m benchmarks.quality --tools 'qat' --out FILE
+                                                    these methods alone are measured anew; the others keep the file's
+                                                    figures, which another run of theirs would repeat: same data, same
+                                                    order, same arithmetic
     python -m benchmarks.quality --corpus synthetic bytes that do not depend on the Python version
     python -m benchmarks.quality --try [SUBSTRING]  variants of our method on the tuning split of the first seed; all of
                                                     them: benchmarks/results/trials.json
@@ -213,11 +217,23 @@ class Suite:
                     found.setdefault((width, job.tool), {})[job.seed] = outcome.scores[split]
         return {key: dict(sorted(seeds.items())) for key, seeds in found.items()}
 
-    def rows(self) -> list[Row]:
-        rates = self.chosen()
+    def rows(self, before: Sequence[Row] = ()) -> list[Row]:
+        """Rows of this run; of tools that took no part, those `before` has."""
+        rates, found, absent = self.chosen(), self.scores("test"), self.absent()
         for (_, tool), rate in list(rates.items()):
             rates |= {(width, tool): rate for width in self.widths if tool in WIDTHLESS}
-        return rows_of(self.place.case, CASES[self.place.case], self.scores("test"), self.absent(), rates)
+        case, metrics = CASES[self.place.case], {metric for of in found.values() for s in of.values() for metric in s}
+        for entry in before:
+            key = entry["case"].removeprefix(f"{self.place.case} "), entry["tool"]
+            if key[0] not in self.widths or key[1] in self.tools:
+                continue
+            if "seed" in entry and entry["metric"] in metrics:
+                found.setdefault(key, {}).setdefault(entry["seed"], {})[entry["metric"]] = entry["value"]
+            elif entry["metric"] == "learning rate":
+                rates[key] = entry["value"]
+            elif entry["metric"] == "missing":
+                absent[key] = entry["value"]
+        return rows_of(self.place.case, case, found, absent, rates)
 
     def trial_rows(self) -> list[Row]:
         """Scores of variants on the tuning split, and the learning rates at which they were reached."""
@@ -247,6 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, fewer widths, methods and learning rates")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--tools", nargs="+", default=[], help="methods; the others' figures are those of --out")
     parser.add_argument("--seeds", default="", help="separated by commas; the first one chooses learning rates")
     parser.add_argument("--corpus", choices=CORPORA, default=CORPORA[0])
     parser.add_argument("--try", dest="trial", nargs="?", const="", help="variants whose name contains this")
@@ -257,6 +274,10 @@ def main(arguments: list[str] | None = None) -> int:
     quick, dry = options.quick, options.dry_run
     seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [0] if quick else [0, 1, 2]
     seeds = seeds[:1] if options.trial is not None else seeds
+    if options.tools and not (options.out and options.out.exists() and options.trial is None):
+        print("--tools wants the figures of the other methods in --out FILE", file=sys.stderr)
+        return 2
+    before = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.tools else []
     rows: list[Row] = []
     facts: dict[str, Any] = {"seeds": " ".join(map(str, seeds))}
     processes = 0 if dry else options.processes
@@ -273,7 +294,10 @@ def main(arguments: list[str] | None = None) -> int:
             except Missing as reason:
                 rows.append(missing(SUITE, name, OURS, str(reason)))
                 continue
-            rows += suite.rows() if options.trial is None else suite.trial_rows()
+            rows += suite.rows(before) if options.trial is None else suite.trial_rows()
+            if options.tools:
+                facts[f"{name} revision of {', '.join(tools)}"] = revision()
+                continue
             facts |= {f"{name} {key}": value for key, value in suite.facts.items()}
             facts[f"{name} revision"] = revision()
             facts[f"{name} rates"] = " ".join(f"{rate:g}" for rate in rates)
@@ -287,7 +311,8 @@ def main(arguments: list[str] | None = None) -> int:
     if out is not None:
         torch.set_num_threads(1)
         where = environment(**facts, processes=processes)
-        save(out, *(added(out, where, rows) if options.only and out.exists() else (where, rows)))
+        part = (options.only or options.tools) and out.exists()
+        save(out, *(added(out, where, rows) if part else (where, rows)))
     # tiny sizes say nothing about goals
     print(f"{len(rows)} rows" if dry else verdict(rows))
     return 0
@@ -324,5 +349,6 @@ def chosen(name: str, options: argparse.Namespace) -> tuple[list[str], list[str]
     widths = [w for w in case.widths if options.only in f"{name} {w}" and (not options.quick or w in quick_widths)]
     if options.trial is not None:
         return widths, [f"{_PREFIX}{variant}" for variant in case.trials if options.trial in variant]
+    named = set(options.tools or case.methods)
     others = {tool for tool, method in case.methods.items() if method.peer} if options.dry_run else set()
-    return widths, [t for t in case.methods if t not in others and (not options.quick or t in quick_tools)]
+    return widths, [t for t in case.methods if t in named - others and (not options.quick or t in quick_tools)]

@@ -28,13 +28,14 @@ QAT = Method(
     "kl",
     slot={"quantizer": "lsq", "init": "gptq latent"},
     at={
-        "W4": {"signed_scale": True},
-        "W3": {"signed_scale": True},
+        "W4": {"signed_scale": True, "init": "gptq"},
+        "W3": {"signed_scale": True, "init": "gptq"},
         "W2": {"grid": "seq"},
         "ternary": {"init": "search"},
     },
     # one for each block of the case
     hidden=3.0,
+    scale_rate=0.1,
 )
 # reported in this order; those with a peer are other libraries'
 METHODS: dict[str, Method] = {
@@ -61,6 +62,7 @@ PEERS = tuple(name for name, method in METHODS.items() if method.peer)
 AS_THEY_COME = tuple(name for name in PEERS if METHODS[name].loss == "ce")
 
 _ZERO = {"zero_point": "int"}
+_ROUNDED = {"init": "gptq"}
 # of the 150 steps
 _HALF_FROZEN = {"phases": {"learn": {"steps": 75}, "settle": {"freeze_scales": True}}}
 
@@ -74,12 +76,12 @@ TRIALS: dict[str, Method] = {
     "dynamic absmax scales": QAT.varied({"W4": {}, "W3": {}}, quantizer="absmax", init="search"),
     "integers at 2 bits": QAT.varied({"W2": {}}),
     "signed integers at 2 bits": QAT.varied({"W2": {"signed_scale": True}}),
-    "zero points": QAT.varied({"W4": _ZERO, "W3": _ZERO, "W2": _ZERO}),
-    "positive scales": QAT.varied({"W4": {}, "W3": {}}),
+    "zero points": QAT.varied({"W4": {**_ZERO, **_ROUNDED}, "W3": {**_ZERO, **_ROUNDED}, "W2": _ZERO}),
+    "positive scales": QAT.varied({"W4": _ROUNDED, "W3": _ROUNDED}),
     "without hidden states": replace(QAT, hidden=0.0),
     "hidden states alone": replace(QAT, hidden=1000.0),
-    "scale rate 0.1": replace(QAT, scale_rate=0.1),
-    "scale rate 3": replace(QAT, scale_rate=3.0),
+    "scale rate 1": replace(QAT, scale_rate=1.0),
+    "scale rate 0.03": replace(QAT, scale_rate=0.03),
     "scales frozen in the second half": replace(QAT, recipe=_HALF_FROZEN),
     "scales alone": replace(QAT, recipe={"phases": {"qat": {"train": "scales"}}}),
     "cross entropy": replace(QAT, loss="ce", hidden=0.0),

@@ -196,5 +196,21 @@ def test_cases_are_added_to_a_file(tmp_path: Path) -> None:
     assert [(row["case"], row["value"]) for row in rows] == [("B1 W4", 2), ("B1 W2", 3), ("B1 grid W4A4", 4)]
 
 
+def test_one_method_is_measured_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mutations: the others' figures left out of ratios; their learning rates lost; ours kept from the file."""
+    file, words = tmp_path / "q.json", ["--dry-run", "--only", "B1 W2", "--corpus", "synthetic", "--seeds", "0,1"]
+    assert run.main([*words, "--out", str(file)]) == 0
+    first = json.loads(file.read_text())
+    changed = [{**row, "value": 9.0} if row["tool"] == methods.OURS else row for row in first["rows"]]
+    file.write_text(json.dumps({**first, "rows": changed}))
+    assert run.main([*words, "--out", str(file), "--tools", methods.OURS]) == 0
+    again = json.loads(file.read_text())
+    assert again["rows"] == first["rows"] and any("kl / GPTQ" in row["metric"] for row in again["rows"])
+    assert again["environment"]["B1 revision"] == first["environment"]["B1 revision"]
+    assert f"B1 revision of {methods.OURS}" in again["environment"]
+    assert run.main([*words, "--tools", methods.OURS]) == 2
+    assert "wants the figures of the other methods" in capsys.readouterr().err
+
+
 def test_no_case() -> None:
     assert run.main(["--dry-run", "--only", "nothing like it"]) == 2
