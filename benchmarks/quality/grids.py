@@ -62,6 +62,11 @@ def _rotated(method: Method) -> Method:
     return replace(method, fold={"method": "rotate"}, only=("W4A8", "W4A4"))
 
 
+# trained on the common 4-bit grid, then rounded to the type by llama.cpp: what one has to do without its own grid
+_Q4_0: Slot = {**WIDTHS["Q4_0"].slot, "bits": 4, "zero_point": "none"}
+_SUPER = ("Q4_K", "Q3_K", "Q2_K")
+_AGAIN = "qat on Q4_0, then llama.cpp"
+
 METHODS = {
     FLOAT: Method(),
     "RTN": _RTN,
@@ -72,6 +77,7 @@ METHODS = {
     "GPTQ, rotated": _rotated(_GPTQ),
     OURS: _QAT,
     "qat, rotated": _rotated(_QAT),
+    _AGAIN: replace(_QAT, at=dict.fromkeys(_SUPER, _Q4_0), ptq=ptq.llama_cpp, only=_SUPER),
 }
 GRIDS = Case(
     WideLM,
@@ -83,6 +89,7 @@ GRIDS = Case(
         "kl / RTN": ("RTN",),
         f"kl / {_OWN}": ("llama.cpp, importance matrix", "bitsandbytes"),
         "kl / GPTQ": (GPTQ,),
+        f"kl / {_AGAIN}": (_AGAIN,),
     },
     rates=(1e-4, 3e-4, 1e-3),
 )

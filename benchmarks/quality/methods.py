@@ -58,7 +58,8 @@ class Width:
 class Method:
     """loss    of the training: `ce`, `kl`, or none for methods that do not train
     peer       another library's builder for a width
-    ptq        a format's own rounding of a network, in place; neither this nor peer: ours, from `slot`
+    ptq        a format's own rounding of a network, in place: of the float one, or with a loss of what ours made;
+               neither this nor peer: ours, from `slot`
     slot       words of the weight's slot at every width, `at` those that replace them at one width. The word `init` is
                ours alone: how the weights start, "search" (as they are), "gptq" or "gptq latent", both with scales that
                are searched for the inputs' error if "weighted" follows
@@ -133,7 +134,8 @@ def measured(name: str, method: Method, width: str, grid: Width, lab: Lab, rate:
         if rate is not None:
             _train(lab, method, model, rate)
     elif method.ptq is not None:
-        model = method.ptq(grid, lab.copy(), lab)
+        start = lab.copy() if method.loss is None else _ours(lab, method, width, grid, rate)
+        model = method.ptq(grid, start, lab)
     elif method.peer is not None:
         model = _peers(lab, method, grid, rate)
     else:

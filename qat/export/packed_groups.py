@@ -241,8 +241,11 @@ def undisturbed() -> Iterator[None]:
     """Undo what importing GPTQModel does to a process, which may be one that trains.
 
     It greets and logs on standard output, sets variables of the environment (caches of transformers, the allocator of
-    CUDA), and takes over the root logger.
+    CUDA), takes over the root logger, and gives transformers a default rotation that forgets heads rotated in part.
     """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rotations = dict(ROPE_INIT_FUNCTIONS)
     environment, root = dict(os.environ), logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     try:
@@ -254,3 +257,5 @@ def undisturbed() -> Iterator[None]:
         os.environ.update(environment)
         root.setLevel(level)
         root.handlers[:] = handlers
+        ROPE_INIT_FUNCTIONS.clear()
+        ROPE_INIT_FUNCTIONS.update(rotations)

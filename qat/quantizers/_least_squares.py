@@ -13,6 +13,8 @@ does not lower the error is undone, so the result is never worse than what was g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,9 @@ STARTS = tuple(-0.9 + 0.2 * step for step in range(20))
 _AT_ONCE = 1 << 20
 
 
-def refined(w_RK: Tensor, spec: QuantSpec, found: Fields, importance: Tensor | None) -> tuple[Fields, Tensor]:
+def refined(w_RK: Tensor, spec: QuantSpec, found: Sequence[Fields], importance: Tensor | None) -> tuple[Fields, Tensor]:
     """Fields [R, G] or [1, 1] of integers without zero points, positive scales -> fields and their squared errors, not
-    larger.
+    larger than those of any in `found`.
 
     w_RK fp32 [R, K]; importance fp32 [R, K], never negative, or None.
     """
@@ -37,22 +39,24 @@ def refined(w_RK: Tensor, spec: QuantSpec, found: Fields, importance: Tensor | N
         importance = None if importance is None else importance.reshape(1, -1)
     rows = w_RK.shape[0]
     if not w_RK.numel():
-        return found, torch.zeros_like(found.scale)
+        return found[0], torch.zeros_like(found[0].scale)
     pieces = max(1, w_RK.numel() // _AT_ONCE)
     parts = []
     for at in torch.arange(rows).tensor_split(min(pieces, rows)):
         one = slice(int(at[0]), int(at[-1]) + 1)
         h = None if importance is None else importance[one]
-        fields = Fields(found.scale[one], None, None if found.minimum is None else found.minimum[one])
+        fields = [Fields(f.scale[one], None, None if f.minimum is None else f.minimum[one]) for f in found]
         parts.append(_refined(w_RK[one], spec, fields, h))
     scale, low, error = (torch.cat(field) for field in zip(*parts, strict=True))
-    return Fields(scale, None, None if found.minimum is None else low), error
+    return Fields(scale, None, None if found[0].minimum is None else low), error
 
 
-def _refined(w_RK: Tensor, spec: QuantSpec, found: Fields, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _refined(
+    w_RK: Tensor, spec: QuantSpec, found: list[Fields], importance: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     x = w_RK.reshape(w_RK.shape[0], spec.groups(w_RK.shape[1]), -1)
     h = torch.ones_like(x) if importance is None else importance.reshape(x.shape)
-    grid, stored, has_minimum = spec.int_grid, spec.scale_grid, found.minimum is not None
+    grid, stored, has_minimum = spec.int_grid, spec.scale_grid, found[0].minimum is not None
     never_above = isinstance(stored, TwoLevel)  # stored minima are never positive
     total, total_w = _sum(h), _sum(h * x)
 
@@ -78,8 +82,8 @@ def _refined(w_RK: Tensor, spec: QuantSpec, found: Fields, importance: Tensor | 
         low = stored.project_minimum(torch.where(good, low.float(), m)) if has_minimum else m
         return stored.project(torch.where(good, alone.float(), s)), low
 
-    best_s = found.scale
-    best_m = torch.zeros_like(best_s) if found.minimum is None else found.minimum
+    pairs = [(f.scale, torch.zeros_like(f.scale) if f.minimum is None else f.minimum) for f in found]
+    best_s, best_m = pairs[0]
     least = error(codes(best_s, best_m), best_s, best_m)
 
     def keep(s: Tensor, m: Tensor) -> None:
@@ -89,6 +93,8 @@ def _refined(w_RK: Tensor, spec: QuantSpec, found: Fields, importance: Tensor | 
         best_s, best_m = torch.where(better, s, best_s), torch.where(better, m, best_m)
         least = torch.where(better, now, least)
 
+    for s, m in pairs[1:]:
+        keep(s, m)
     if has_minimum:
         low, high = x.amin(-1), x.amax(-1)
         low = low.clamp(max=0.0) if never_above else low

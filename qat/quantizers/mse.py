@@ -96,7 +96,9 @@ def _search_integers(w_RK: Tensor, spec: QuantSpec, importance: Tensor | None) -
         scale, offset = torch.where(above, high * (1.0 / grid.steps), scale), offset.clamp(max=0.0)
     found = Fields(scale, offset if kind == 1 else None, offset if kind == 2 else None)
     if kind == 2 or (kind == 0 and isinstance(stored, TwoLevel)):
-        return refined(w_RK, spec, found, importance)
+        # without the importance as well, which would else now and then end in the lower hollow of the error
+        plain = [] if importance is None else [_search_integers(w_RK, spec, None)[0]]
+        return refined(w_RK, spec, [found, *plain], importance)
     return found, error
 
 

@@ -343,12 +343,14 @@ def test_our_own_unpacking_reads_the_same(
             assert {row.reader for row in verify(tmp_path / str(number))} == {"qat"}
 
 
-# Turned red by leaving any of the three to GPTQModel.
+# Turned red by leaving any of the four to GPTQModel.
 def test_a_consumer_leaves_the_process_as_it_was(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QAT_KEPT", "kept")
     monkeypatch.delenv("QAT_NEW", raising=False)
+    rotations = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS
+    known = dict(rotations)
     root = logging.getLogger()
     before, handlers = root.level, list(root.handlers)
     with undisturbed():
@@ -356,6 +358,8 @@ def test_a_consumer_leaves_the_process_as_it_was(
         os.environ["QAT_KEPT"], os.environ["QAT_NEW"] = "changed", "new"
         root.setLevel(before + 1)
         root.addHandler(logging.NullHandler())
+        rotations["default"] = rotations["linear"]
+    assert rotations == known
     assert capsys.readouterr().out == ""
     assert os.environ["QAT_KEPT"] == "kept" and "QAT_NEW" not in os.environ
     assert root.level == before and root.handlers == handlers
