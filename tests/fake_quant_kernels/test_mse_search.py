@@ -37,7 +37,7 @@ FACTORS = torch.linspace(1.0, SMALLEST_FACTOR, CANDIDATES)
 @pytest.fixture(autouse=True)
 def candidates_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What follows the candidates is left out (`qat.quantizers._least_squares`)."""
-    monkeypatch.setattr(mse, "refined", lambda w, spec, found, importance: (found, torch.zeros_like(found.scale)))
+    monkeypatch.setattr(mse, "refined", lambda w, spec, found, importance: (found[0], torch.zeros_like(found[0].scale)))
 
 
 def specs() -> Iterator[QuantSpec]:

@@ -13,6 +13,7 @@ import qat
 from qat.errors import ExportError
 from qat.export import export
 from qat.export.formats.awq import Awq
+from qat.export.packed_groups import undisturbed
 from qat.init.file import start_from_file
 from qat.layout import Layout
 from qat.qtensor import QTensor
@@ -48,12 +49,14 @@ def not_compiled() -> Iterator[None]:
         yield
 
 
+@undisturbed()
 def by_gptqmodel(folder: Path, dtype: torch.dtype) -> Any:
     gptqmodel = pytest.importorskip("gptqmodel", reason=WHY)
     backend = gptqmodel.BACKEND.AWQ_TORCH
     return gptqmodel.GPTQModel.load(str(folder), backend=backend, device="cpu", dtype=dtype).model
 
 
+@undisturbed()
 def by_transformers(folder: Path, dtype: torch.dtype, kind: Any = transformers.AutoModelForCausalLM) -> Any:
     pytest.importorskip("gptqmodel", reason=WHY)
     config = transformers.AwqConfig(backend="torch_awq")

@@ -57,6 +57,7 @@ def not_compiled() -> Iterator[None]:
         yield
 
 
+@undisturbed()
 def by_gptqmodel(folder: Path, dtype: torch.dtype) -> Any:
     """The model as GPTQModel runs it on a CPU; its weights are [in, out]."""
     gptqmodel = pytest.importorskip("gptqmodel", reason=WHY)
@@ -64,6 +65,7 @@ def by_gptqmodel(folder: Path, dtype: torch.dtype) -> Any:
     return gptqmodel.GPTQModel.load(str(folder), backend=backend, device="cpu", dtype=dtype).model
 
 
+@undisturbed()
 def by_transformers(folder: Path, dtype: torch.dtype, kind: Any = transformers.AutoModelForCausalLM) -> Any:
     pytest.importorskip("gptqmodel", reason=WHY)
     pytest.importorskip("optimum", reason="optimum is not installed: pip install 'lightning-qat[gptq]'")
