@@ -25,11 +25,12 @@ _WRAPPERS = ("FSDP", "QAT", "OptimizedModule")
 class ShardWriter:
     """Tensors in, `model.safetensors` or `model-0000i-of-0000n.safetensors` and an index out.
 
-    Holds at most one shard in memory. Tensors of one `add` stay in one shard.
+    Holds at most one shard in memory. Tensors of one `add` stay in one shard. `metadata` goes into each.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
+    def __init__(self, folder: Path, shard_bytes: int, metadata: dict[str, str] | None = None) -> None:
         self.folder, self.limit = folder, shard_bytes
+        self._metadata = {**(metadata or {}), "format": "pt"}
         self._held: dict[str, Tensor] = {}
         self._size = self._total = 0
         self._shards: list[list[str]] = []
@@ -47,7 +48,7 @@ class ShardWriter:
         # safetensors leaves its files readable by their owner alone; a file that is opened gets the umask's mode
         path.touch()
         mode = stat.S_IMODE(path.stat().st_mode)
-        save_file(self._held, path, metadata={"format": "pt"})
+        save_file(self._held, path, metadata=self._metadata)
         path.chmod(mode)
         self._shards.append(list(self._held))
         self._total += self._size

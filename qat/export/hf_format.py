@@ -86,15 +86,27 @@ class HfFormat(Format):
         """Write what the folder holds besides config, safetensors and tokenizer."""
         return
 
+    def metadata(self, stream: TensorStream) -> dict[str, str]:
+        """Metadata of each safetensors file beside its `format`."""
+        return {}
+
+    def config(self, folder: Path) -> dict[str, Any]:
+        """What `weight` is given as config. Raises ExportError if it cannot be read."""
+        return hf_folder.read_config(folder)
+
+    def aliases(self, bundle: Bundle, name: str) -> list[str]:
+        """Other names of the quantized parameter `name` under which its tensors are stored again."""
+        return [alias for alias, owner in bundle.tied.items() if owner == name]
+
     def write(self, stream: TensorStream, folder: Path, tokenizer: Any) -> None:
         bundle = stream.bundle
         dtype = hf_folder.model_dtype(bundle.module)
-        shards = hf_folder.ShardWriter(folder, self.shard_bytes)
+        shards = hf_folder.ShardWriter(folder, self.shard_bytes, self.metadata(stream))
         for entry, value in stream:
             if not isinstance(value, QTensor):
                 shards.add({entry.name: value})
                 continue
-            for name in (entry.name, *(alias for alias, owner in bundle.tied.items() if owner == entry.name)):
+            for name in (entry.name, *self.aliases(bundle, entry.name)):
                 layer = layer_of(name)
                 tensors = self.layer_tensors(name, value, stream.inputs.get(layer), dtype)
                 shards.add({f"{layer}.{key}": tensor for key, tensor in tensors.items()})
@@ -115,7 +127,7 @@ class HfFormat(Format):
         return ((entry.name, entry.weight) for entry in self.entries(folder))
 
     def entries(self, folder: Path) -> Iterator[Stored]:
-        config = hf_folder.read_config(folder)
+        config = self.config(folder)
         if not isinstance(config.get("quantization_config"), dict):
             raise ExportError(f"{folder / 'config.json'} holds no quantization_config")
         for layer, tensors in hf_folder.read_layers(folder):

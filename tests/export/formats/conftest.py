@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qat.errors import ExportError
@@ -64,15 +65,19 @@ def _damage(folder: Path, where: str, rng: random.Random) -> str:
         (folder / "config.json").write_text(json.dumps(data))
         return ""
     tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
     # of a quantized layer: what lies beside a weight
     layers = {name.partition(".weight")[0] for name in tensors if ".weight_" in name or ".weight." in name}
-    layers |= {name.removesuffix(".SCB") for name in tensors if name.endswith(".SCB")}
-    names = [n for n in tensors if any(n.startswith(f"{x}.weight") or n == f"{x}.SCB" for x in sorted(layers))]
+    beside = (".SCB", ".scales", ".biases", "._weight_qdata", "._weight_scale", "._weight_zero_point")
+    layers |= {name.rpartition(".")[0] for name in tensors if name.endswith(beside)}
+    own = {f"{x}{key}" for x in layers for key in beside}
+    names = [n for n in tensors if n in own or any(n.startswith(f"{x}.weight") for x in sorted(layers))]
     names = [n for n in names if not n.endswith("weight_format")]
     if where == "values":
-        names = [n for n in names if n.endswith((".weight", ".weight_packed"))]
+        names = [n for n in names if n.endswith((".weight", ".weight_packed", "_qdata"))]
     if where == "scales":
-        names = [n for n in names if not n.endswith((".weight", ".weight_packed"))]
+        names = [n for n in names if not n.endswith((".weight", ".weight_packed", "_qdata"))]
     name = rng.choice(sorted(names))
     tensor = tensors[name].clone()
     if where == "missing":
@@ -88,7 +93,7 @@ def _damage(folder: Path, where: str, rng: random.Random) -> str:
         raw_bytes = tensor.reshape(-1).view(torch.uint8).reshape(-1, tensor.element_size())
         raw_bytes[rng.randrange(len(raw_bytes)), -1] ^= 1 << rng.randrange(8)
         tensors[name] = tensor
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata=metadata)
     return name
 
 
