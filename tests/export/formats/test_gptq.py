@@ -116,7 +116,8 @@ def settings(folder: Path) -> dict[str, Any]:
 def test_both_loaders_have_the_trained_weights(
     name: str, make_model: Any, quantize: Any, tokenizer: Any, ran: Any, tmp_path: Path
 ) -> None:
-    pytest.importorskip("gptqmodel", reason=WHY)
+    with undisturbed():
+        pytest.importorskip("gptqmodel", reason=WHY)
     model = make_model(dtype=torch.float16, num_hidden_layers=1)
     bundle = quantize(model, GRIDS[name], head=KEEP_HEAD)
     receipt = export(bundle, tmp_path / "out", "gptq", tokenizer=tokenizer)

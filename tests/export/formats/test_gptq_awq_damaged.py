@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from qat.errors import ExportError
 from qat.export import export, get_format
 from qat.export.format import read_back
-from qat.export.packed_groups import PackedGroups
+from qat.export.packed_groups import PackedGroups, undisturbed
 from qat.export.receipt import Receipt
 
 WEIGHTS = "model.safetensors"
@@ -175,7 +175,8 @@ def test_damaged_folders(
     if own:
         monkeypatch.setattr(PackedGroups, "installed", lambda self: False)
     else:
-        pytest.importorskip("gptqmodel", reason="GPTQModel is not installed: pip install 'lightning-qat[gptq]'")
+        with undisturbed():
+            pytest.importorskip("gptqmodel", reason="GPTQModel is not installed: pip install 'lightning-qat[gptq]'")
     model = make_model(dtype=torch.float16, num_hidden_layers=1, vocab_size=32)
     keep = {"match": ["*lm_head", "*q_proj"], "keep_float": True}
     good = tmp_path / "good"
