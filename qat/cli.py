@@ -224,7 +224,7 @@ def export(
     import qat
     from qat.errors import refuse_if
     from qat.export import formats_for, get_format
-    from qat.export.atomic import refuse_target
+    from qat.export.atomic import RECEIPT, refuse_target
     from qat.hf import empty_model, has_tokenizer, load_tokenizer
     from qat.state import require_state
     from qat.tasks.image_classification import example_images
@@ -233,6 +233,8 @@ def export(
     folders = {name: out / name if len(wanted) > 1 else out for name in wanted} or {"": out}
     for folder in folders.values():
         refuse_target(folder.absolute(), overwrite)
+    if len(wanted) > 1 and (out / RECEIPT).is_file():
+        raise ExportError(f"{out} is an export itself; name another folder for those of {', '.join(wanted)}")
     if tokenizer is None and has_tokenizer(model):
         tokenizer = model
     words = load_tokenizer(tokenizer) if tokenizer is not None else None
@@ -325,7 +327,8 @@ def _only_target(recipe: dict[str, Any]) -> str:
     targets = recipe.get("export", {}).get("targets", [])
     if len(targets) != 1:
         raise QATError(
-            f"the recipe has {len(targets)} export targets ({', '.join(targets) or 'none'}); choose one with --format"
+            f"the recipe has {len(targets)} export targets ({', '.join(targets) or 'none'}); name one or several: "
+            "--format a,b"
         )
     return str(targets[0])
 

@@ -29,7 +29,8 @@ from qat.steps import qat_layers, scales_fit, search_scales, weights_changed
 def start_from_file(model: nn.Module, folder: str | PathLike[str], format: str | None = None) -> list[str]:
     """Give a prepared model the weights of an exported folder. Returns the names of the weights that took its codes.
 
-    folder   of any format that can be read (`qat.export.all_formats`), exported here or by another program
+    folder   of a format that has codes to start from (gguf as model.gguf, and those in a transformers folder), exported
+             here or by another program, without fixed ranges of inputs
     format   its name; None: the one that knows the folder
 
     Quantized parameters become the file's weights in their own dtype, their quantizers (`mse`, `lsq` and what derives
@@ -52,6 +53,8 @@ def start_from_file(model: nn.Module, folder: str | PathLike[str], format: str |
     taken = []
     read = set()
     for name, weight, packed in fmt.entries(path):
+        if name.endswith((".input_scale", ".input_zero_point")) and name not in live:
+            raise QATError(f"{path} holds {name}: training cannot start from a file with fixed ranges of inputs yet")
         if name not in live:
             raise QATError(f"{path} holds {name}, which {type(inner).__name__} lacks; is it another model?")
         if tuple(weight.shape) != tuple(live[name].shape):
@@ -76,7 +79,11 @@ def start_from_file(model: nn.Module, folder: str | PathLike[str], format: str |
 
 
 def _format_of(path: Path) -> Format:
-    found = [cls() for cls in all_formats().values()]
+    if not path.is_dir():
+        raise QATError(
+            f"there is no folder {path} to start from; a GGUF file is named by its folder, as model.gguf there"
+        )
+    found = [cls() for cls in all_formats().values() if cls.entries is not Format.entries]
     known = [fmt for fmt in found if fmt.knows(path)]
     if len(known) != 1:
         names = ", ".join(sorted(fmt.name for fmt in found))

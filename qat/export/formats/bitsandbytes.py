@@ -264,8 +264,7 @@ def _as_served(spec: QuantSpec) -> bool:
 
 def _skipped(bundle: Bundle, quantized: dict[str, QuantSpec]) -> list[str]:
     """Layers that transformers would replace if they were not named."""
-    others = [name for name, module in bundle.module.named_modules() if type(module).__name__ == "Conv1D"]
-    return [name for name in (*bundle.linears, *others) if name not in quantized]
+    return [name for name in bundle.linears if name not in quantized]
 
 
 def _swapped(codes: Tensor) -> Tensor:

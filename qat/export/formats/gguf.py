@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ class Gguf(Format):
     """llama.cpp's file format."""
 
     name = "gguf"
-    bits = "2 to 8"
-    contents = "Q4_0, Q8_0 and the k-quants Q2_K to Q6_K, of Llama-like models"
+    bits = "1 to 8"
+    contents = "Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, MXFP4, NVFP4, TQ1_0, TQ2_0; Llama-like models, experts"
     consumers = ("llama.cpp", "ollama", "lm-studio")
 
     # ---- what fits -----------------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ class Gguf(Format):
             yield Stored(name, weight, packed)
 
     def reader(self) -> str:
-        return f"gguf {_version('gguf')}"
+        return f"gguf {_version('gguf')}" if find_spec("gguf") is not None else "nothing: gguf is not installed"
 
     def versions(self) -> dict[str, str]:
         found = {"gguf": _version("gguf")}

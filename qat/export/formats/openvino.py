@@ -111,7 +111,8 @@ class OpenVino(Onnx):
                 yield f"{layer}.{key}", tensor
 
     def reader(self) -> str:
-        return f"openvino {version('openvino')}"
+        installed = find_spec("openvino") is not None
+        return f"openvino {version('openvino')}" if installed else "nothing: openvino is not installed"
 
     def versions(self) -> dict[str, str]:
         return {name: version(name) for name in _PACKAGES if find_spec(name) is not None}
