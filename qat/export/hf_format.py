@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -157,8 +157,8 @@ class HfFormat(Format):
         return f"{self.consumer[0]} {version(self.consumer[0])}" if self.installed() else "qat"
 
     def installed(self) -> bool:
-        """Whether the consumer's code is there."""
-        return find_spec(self.consumer[1]) is not None
+        """Whether the consumer's code is there; a folder of its name that Python would import is not."""
+        return any(distributions(name=self.consumer[0])) and find_spec(self.consumer[1]) is not None
 
     def versions(self) -> dict[str, str]:
         packages = (self.consumer, *((name, name) for name in self.packages))

@@ -136,6 +136,17 @@ def test_the_list_of_formats(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(programs) == len(set(programs)), "a program belongs to two formats"
 
 
+def test_the_list_where_no_reader_is_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutation: a version asked for without looking."""
+    for module in ("gguf", "openvino"):
+        monkeypatch.setattr(f"qat.export.formats.{module}.find_spec", lambda name: None)
+    assert main(["export", "--list"]) == 0
+    shown = capsys.readouterr().out
+    assert "gguf is not installed" in shown and "openvino is not installed" in shown
+
+
 def test_export_overwrites_only_when_told(
     exported: Path, checkpoint: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
