@@ -140,8 +140,10 @@ def test_the_list_where_no_reader_is_installed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mutation: a version asked for without looking."""
-    for module in ("gguf", "openvino"):
-        monkeypatch.setattr(f"qat.export.formats.{module}.find_spec", lambda name: None)
+    from qat.export import all_formats
+
+    for name in ("gguf", "openvino"):
+        monkeypatch.setattr(sys.modules[all_formats()[name].__module__], "find_spec", lambda name: None)
     assert main(["export", "--list"]) == 0
     shown = capsys.readouterr().out
     assert "gguf is not installed" in shown and "openvino is not installed" in shown
