@@ -15,6 +15,7 @@ SPEC.loader.exec_module(table)
 
 def test_the_page_is_what_the_results_file_says() -> None:
     page = table.PAGE.read_text(encoding="utf-8")
+    assert table.RESULTS.is_file(), "run `make formats`"
     assert page == table.replaced(page, table.block(table.RESULTS), table.START, table.END), "run `make docs`"
 
 
