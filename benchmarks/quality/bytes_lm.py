@@ -30,6 +30,8 @@ BATCH = 16
 # positions of the test split: 512 blocks with 63 known next bytes each
 TUNE_BLOCKS, TEST_BLOCKS = 128, 512
 CALIBRATION_BLOCKS = 64
+# the largest `Method.times`
+LONGEST = 10
 # what ByteGPT's residual stream is made of (`fold.network` of a recipe)
 NETWORK: dict[str, Any] = {
     "writes": ["embedding", "position", "blocks.*.o", "blocks.*.down"],
@@ -156,7 +158,8 @@ class BytesLM(Lab):
         """int64 [16, context]"""
         if order not in self.starts:
             generator = torch.Generator().manual_seed(1000 * self.seed + order)
-            steps = self.steps if order else self.float_schedule.max_steps
+            # longer trainings begin with the batches of the usual ones
+            steps = LONGEST * self.steps if order else self.float_schedule.max_steps
             shape = steps, BATCH
             self.starts[order] = torch.randint(len(self.corpus.train) - self.context, shape, generator=generator)
         return self.corpus.train[self.starts[order][step][:, None] + torch.arange(self.context)].long()

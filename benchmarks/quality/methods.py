@@ -69,6 +69,7 @@ class Method:
     temperature  of both models in that KL
     hidden     weight of the hidden states' error (`qat.distill.hidden`)
     scale_rate learning rate of learned scales over that of the weights
+    times      of the case's steps its training takes
     judge      the score by which the learning rate is chosen, lower is better
     only       widths at which it takes part; none: all
     """
@@ -84,6 +85,7 @@ class Method:
     temperature: float = 1.0
     hidden: float = 0.0
     scale_rate: float = 1.0
+    times: int = 1
     judge: str = "kl"
     only: tuple[str, ...] = ()
 
@@ -150,7 +152,7 @@ def measured(name: str, method: Method, width: str, grid: Width, lab: Lab, rate:
 def _train(lab: Lab, method: Method, model: nn.Module, rate: float | None, **more: Any) -> None:
     if method.loss is not None and rate is not None:
         loss = method.loss
-        schedule = Train(lr=rate, max_steps=lab.steps)
+        schedule = Train(lr=rate, max_steps=method.times * lab.steps)
 
         def of_step(step: int) -> Tensor:
             found = lab.loss(model, loss, step, method.hidden, method.temperature)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from benchmarks.common import FLOAT
 from benchmarks.quality import peers
-from benchmarks.quality.bytes_lm import BytesLM
+from benchmarks.quality.bytes_lm import LONGEST, BytesLM
 from benchmarks.quality.methods import CONTROL, GPTQ, OURS, Case, Method, Width
 
 _BEST, _BARE = "kl / best other QAT", "kl / best other QAT as it comes"
@@ -84,9 +84,13 @@ TRIALS: dict[str, Method] = {
     "scale rate 0.03": replace(QAT, scale_rate=0.03),
     "scales frozen in the second half": replace(QAT, recipe=_HALF_FROZEN),
     "scales alone": replace(QAT, recipe={"phases": {"qat": {"train": "scales"}}}),
+    "hidden states at ten times the weight": replace(QAT, hidden=30.0),
+    "dampened": replace(QAT, recipe={"phases": {"qat": {"dampen": 0.01}}}),
     "cross entropy": replace(QAT, loss="ce", hidden=0.0),
     "QuEST": QAT.varied({"W4": {}, "W3": {}}, quantizer="quest", init="search"),
     "EWGS": QAT.varied(quantizer="ewgs"),
+    # no rival of the default: how far the same training comes with more of it
+    "ten times the steps": replace(QAT, times=LONGEST),
 }
 
 B1 = Case(

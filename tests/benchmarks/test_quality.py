@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 import qat
 from benchmarks.common import FLOAT, Missing, met
 from benchmarks.models import linears
+from benchmarks.quality import bytes_lm, methods, run, summary
 from benchmarks.quality import lab as labs
-from benchmarks.quality import methods, run, summary
 from benchmarks.quality.bytes_lm import BytesLM, markov
 from benchmarks.quality.methods import Method
 from benchmarks.quality.weights import B1, METHODS, PEERS, WIDTHS
@@ -66,6 +67,21 @@ def test_training_brings_it_closer(lab: BytesLM) -> None:
     rounded = methods.measured("a", Method(slot={"quantizer": "mse"}), "W2", WIDTHS["W2"], lab, None)
     trained = methods.measured("b", LSQ, "W2", WIDTHS["W2"], lab, 1e-3)
     assert trained["test"]["kl"] < rounded["test"]["kl"]
+
+
+def test_longer_trainings_begin_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutations: `times` not used; the order of batches depends on how many there are."""
+    lab = BytesLM(0, dry=True, corpus="synthetic")
+    lab.load(lab.fresh().state_dict())
+    seen: list[int] = []
+    monkeypatch.setattr(
+        lab, "loss", lambda model, kind, step, *_: (seen.append(step), model(lab.batch(1, step)).logits.sum())[1]
+    )
+    methods.measured("x", replace(LSQ, times=3), "W3", WIDTHS["W3"], lab, 1e-4)
+    assert seen == list(range(3 * lab.steps))
+    monkeypatch.setattr(bytes_lm, "LONGEST", 1)
+    usual = BytesLM(0, dry=True, corpus="synthetic")
+    assert all(torch.equal(lab.batch(1, step), usual.batch(1, step)) for step in range(lab.steps))
 
 
 @pytest.mark.parametrize("fold", ["rotate", "smooth", "awq"])
