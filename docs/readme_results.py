@@ -7,10 +7,10 @@
 A results file holds {"environment": {name: value}, "rows": [{suite, case, tool, metric, value, better}, ...]}; rows may
 have a goal too. The rows of the suite `demo` become a table with a line for each case and tool and a column for each
 metric, in the order in which they come; the picture shows the metric that is drawn (`DRAWN`). Those of the suite `cpu`
-become a second table, between markers of its own: a line for each case, a column for each tool, and in each cell the
-two metrics of `CELL`. Those of the suite `backward` become a table in docs/cost.md, those of `quality` one for
-each case in docs/quality.md: a line for each tool, a column for each width. Those of `trials` become one in
-docs/experiments.md.
+become a table in docs/cost.md: a line for each case, a column for each tool, in each cell the two metrics of `CELL`;
+and one in README, of our tools beside the best of the others. Those of the suite `backward` become a table in
+docs/cost.md, those of `quality` one for each case in docs/quality.md: a line for each tool, a column for each width.
+Those of `trials` become one in docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ OPTIONAL = {"goal", "seed"}
 SPEED = ROOT / "benchmarks" / "results" / "cpu.json"
 SPEED_START, SPEED_END = "<!-- speed:start -->", "<!-- speed:end -->"
 SPEED_SUITE = "cpu"
-# what a cell of the second table shows: step time over the float step's, and bytes alive after a forward
+# what a cell of its tables shows: step time over the float step's, and bytes alive after a forward
 CELL = ("time_ratio", "alive_bytes")
+# metric -> its ratio to the best other tool of a kind
+TO_BEST = {metric: f"{metric} / best peer" for metric in CELL}
 NOT_MEASURED = "Run `make bench-cpu`: it measures on your machine, beside other libraries, and writes the table."
 COST = ROOT / "docs" / "cost.md"
 BACKWARD = ROOT / "benchmarks" / "results" / "backward.json"
@@ -114,8 +116,40 @@ def block(results: Path) -> str:
     return f"{table(environment, rows)}\n\n![{drawn(rows)} of each tool](docs/results.svg)"
 
 
+def cell(time: float | None, alive: float | None) -> str:
+    return "" if time is None or alive is None else f"{time:.2f}, {alive / 2**20:.1f} MiB"
+
+
 def speed_block(results: Path) -> str:
-    """What stands between the second pair of markers."""
+    """What stands between the second pair of markers: each of our tools beside the best figures that others reach in
+    its kind, which can be those of two tools."""
+    if not results.is_file():
+        return NOT_MEASURED
+    environment, rows = read(results, SPEED_SUITE)
+    values = {(row["case"], row["tool"], row["metric"]): row["value"] for row in rows}
+    ours = list(dict.fromkeys(row["tool"] for row in rows if row["metric"] in TO_BEST.values()))
+    lines = [
+        "| case | " + " | ".join(f"{tool} | best other" for tool in ours) + " |",
+        "|---|" + "---:|" * 2 * len(ours),
+    ]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        shown = []
+        for tool in ours:
+            own = [values.get((case, tool, metric)) for metric in CELL]
+            over = [values.get((case, tool, TO_BEST[metric])) for metric in CELL]
+            best = [mine / ratio if mine and ratio else None for mine, ratio in zip(own, over, strict=True)]
+            shown += [cell(*own), cell(*best)]
+        lines.append(f"| {case} | " + " | ".join(shown) + " |")
+    explained = (
+        "Time of a training step over that of the float step of the same case, and bytes alive after a forward beside "
+        "the parameters, caches included; lower is better. `best other`: the least of each that torchao, ModelOpt and "
+        "Brevitas reach in the nearest scheme that they have; [docs/cost.md](docs/cost.md) has each of them."
+    )
+    return "\n".join([*lines, "", f"{explained} {measured_by(environment)}"])
+
+
+def speed_details(results: Path) -> str:
+    """What stands between the same markers of docs/cost.md: every tool."""
     if not results.is_file():
         return NOT_MEASURED
     environment, rows = read(results, SPEED_SUITE)
@@ -123,17 +157,18 @@ def speed_block(results: Path) -> str:
     tools = list(dict.fromkeys(row["tool"] for row in rows if row["metric"] == CELL[0]))
     lines = ["| case | " + " | ".join(tools) + " |", "|---|" + "---:|" * len(tools)]
     for case in dict.fromkeys(row["case"] for row in rows):
-        cells = [[values.get((case, tool, metric)) for metric in CELL] for tool in tools]
-        shown = ["" if None in cell else f"{cell[0]:.2f}, {cell[1] / 2**20:.1f} MiB" for cell in cells]
+        shown = [cell(*(values.get((case, tool, metric)) for metric in CELL)) for tool in tools]
         lines.append(f"| {case} | " + " | ".join(shown) + " |")
-    measured = ", ".join(f"{name} {value}" for name, value in environment.items() if not isinstance(value, dict | list))
     explained = (
-        "Time of a training step over that of the float step of the same case, and bytes alive after a forward beside "
-        "the parameters, caches included; lower is better. Of other libraries, those that lead their kind in a case's "
-        "first rows are timed in its long ones. `float again` is a second float model: the spread. Schemes "
-        "of other libraries are the nearest that they have. Measured by `make bench-cpu` with"
+        "Of other libraries, those that lead their kind in a case's first rows are timed in its long ones. `float "
+        "again` is a second float model: the spread."
     )
-    return "\n".join([*lines, "", f"{explained} {measured}."])
+    return "\n".join([*lines, "", f"{explained} {measured_by(environment)}"])
+
+
+def measured_by(environment: dict[str, Any]) -> str:
+    said = ", ".join(f"{name} {value}" for name, value in environment.items() if not isinstance(value, dict | list))
+    return f"Measured by `make bench-cpu` with {said}."
 
 
 def backward_block(results: Path) -> str:
@@ -254,7 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
         old = {page: page.read_text(encoding="utf-8") for page in (README, COST, QUALITY_PAGE, TRIALS_PAGE)}
         first = replaced(replaced(old[README], block(RESULTS)), speed_block(SPEED), SPEED_START, SPEED_END)
         quality = replaced(old[QUALITY_PAGE], quality_block(QUALITY), QUALITY_START, QUALITY_END)
-        cost = replaced(old[COST], backward_block(BACKWARD), BACKWARD_START, BACKWARD_END)
+        cost = replaced(old[COST], speed_details(SPEED), SPEED_START, SPEED_END)
+        cost = replaced(cost, backward_block(BACKWARD), BACKWARD_START, BACKWARD_END)
         trials = replaced(old[TRIALS_PAGE], trials_block(TRIALS), TRIALS_START, TRIALS_END)
         new = {README: first, COST: cost, QUALITY_PAGE: quality, TRIALS_PAGE: trials}
         if options.check:

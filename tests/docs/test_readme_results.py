@@ -39,10 +39,11 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(generator, "QUALITY", tmp_path / "quality.json")
     monkeypatch.setattr(generator, "TRIALS_PAGE", tmp_path / "experiments.md")
     monkeypatch.setattr(generator, "TRIALS", tmp_path / "trials.json")
-    (tmp_path / "cost.md").write_text(f"a\n{generator.BACKWARD_START}\nold 9\n{generator.BACKWARD_END}\nz\n")
+    second = f"{generator.SPEED_START}\nold 8\n{generator.SPEED_END}"
+    third = f"{generator.BACKWARD_START}\nold 9\n{generator.BACKWARD_END}"
+    (tmp_path / "cost.md").write_text(f"a\n{second}\n{third}\nz\n")
     (tmp_path / "quality.md").write_text(f"b\n{generator.QUALITY_START}\nold 6\n{generator.QUALITY_END}\ny\n")
     (tmp_path / "experiments.md").write_text(f"c\n{generator.TRIALS_START}\nold 5\n{generator.TRIALS_END}\nx\n")
-    second = f"{generator.SPEED_START}\nold 8\n{generator.SPEED_END}"
     (tmp_path / "README.md").write_text(f"before\n{generator.START}\nold 7\n{generator.END}\n{second}\nafter\n")
     (tmp_path / "demo.json").write_text(json.dumps(RESULTS))
     return tmp_path
@@ -53,7 +54,9 @@ def test_readme_is_what_the_results_file_says() -> None:
     assert readme == generator.replaced(readme, generator.block(generator.RESULTS)), "run `make docs`"
     second = generator.speed_block(generator.SPEED)
     assert readme == generator.replaced(readme, second, generator.SPEED_START, generator.SPEED_END), "run `make docs`"
-    cost, third = generator.COST.read_text(encoding="utf-8"), generator.backward_block(generator.BACKWARD)
+    cost, details = generator.COST.read_text(encoding="utf-8"), generator.speed_details(generator.SPEED)
+    assert cost == generator.replaced(cost, details, generator.SPEED_START, generator.SPEED_END), "run `make docs`"
+    third = generator.backward_block(generator.BACKWARD)
     assert cost == generator.replaced(cost, third, generator.BACKWARD_START, generator.BACKWARD_END), "run `make docs`"
     quality, fourth = generator.QUALITY_PAGE.read_text(encoding="utf-8"), generator.quality_block(generator.QUALITY)
     marks = generator.QUALITY_START, generator.QUALITY_END
@@ -91,7 +94,8 @@ def test_writes_table_and_picture(tree: Path) -> None:
 
 
 def test_writes_the_second_table(tree: Path) -> None:
-    """A line for each case, both metrics in a cell, nothing where one is missing. Mutation: `read` without `suite`."""
+    """A line for each case, both metrics in a cell, nothing where one is missing. README has the best others, which
+    are what ours divided by its ratio is. Mutations: `read` without `suite`; the ratio turned over."""
 
     def row(tool: str, metric: str, value: object) -> dict[str, object]:
         fields = {"suite": "cpu", "case": "block", "tool": tool, "metric": metric, "value": value}
@@ -99,12 +103,13 @@ def test_writes_the_second_table(tree: Path) -> None:
 
     rows = [row("float", "time_ratio", 1.0), row("float", "alive_bytes", 1 << 20), row("other", "missing", "absent")]
     rows += [row("qat", "time_ratio", 1.054), row("qat", "alive_bytes", 3 << 19), row("half", "time_ratio", 2.0)]
+    rows += [row("qat", "time_ratio / best peer", 0.5), row("qat", "alive_bytes / best peer", 0.25)]
     (tree / "cpu.json").write_text(json.dumps({"environment": {"threads": 1}, "rows": rows}))
     assert generator.main([]) == 0
-    readme = (tree / "README.md").read_text(encoding="utf-8")
-    assert "| case | float | qat | half |" in readme and "old 8" not in readme
-    assert "| block | 1.00, 1.0 MiB | 1.05, 1.5 MiB |  |" in readme
-    assert "with threads 1." in readme
+    readme, cost = ((tree / name).read_text(encoding="utf-8") for name in ("README.md", "cost.md"))
+    assert "| case | qat | best other |" in readme and "| block | 1.05, 1.5 MiB | 2.11, 6.0 MiB |" in readme
+    assert "| case | float | qat | half |" in cost and "| block | 1.00, 1.0 MiB | 1.05, 1.5 MiB |  |" in cost
+    assert all("with threads 1." in page and "old 8" not in page for page in (readme, cost))
     assert generator.main(["--check"]) == 0
 
 
