@@ -362,7 +362,7 @@ def test_an_encoder_of_8_and_4_bits(tmp_path: Path, ran: Any) -> None:
     }
     bundle = prepared(model, rules, given, given)
     export(bundle, tmp_path / "out", "onnx")
-    theirs = run(tmp_path / "out", given)["last_hidden_state"]
+    theirs = run(tmp_path / "out", given, apart=not exact_sums())["last_hidden_state"]
     with torch.no_grad():
         ours = model(**given).last_hidden_state
     assert float(nn.functional.cosine_similarity(ours, theirs, dim=-1).min()) > 1 - 1e-6
