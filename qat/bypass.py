@@ -123,7 +123,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not waiting or "backward" in str(func):
             return
         read, passed_on = (
-            {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(tree) if _is_whole(leaf)} for tree in (given, out)
+            {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(tree) if _is_whole(leaf)}
+            for tree in (given, out)
         )
         for place in (read - passed_on) & waiting.keys():
             self.early.setdefault(waiting[place].names[0], str(func))
@@ -161,8 +162,8 @@ def watched(model: nn.Module) -> Iterator[None]:
         op = watch.early.get(layer) or (None if fold.arrived else "nothing of it")
         if op is not None:
             raise QATError(
-                f"{norm} is folded into {layer}, but {op} reads what {layer} gives without the norm; leave the pair out "
-                "of batch_norm.pairs, or set batch_norm.fold: false"
+                f"{norm} is folded into {layer}, but {op} reads what {layer} gives without the norm; leave the pair "
+                "out of batch_norm.pairs, or set batch_norm.fold: false"
             )
     if watch.found:
         name, op = next(iter(watch.found.items()))

@@ -141,7 +141,7 @@ class Bundle(Mapping[str, QTensor]):
     @property
     def parameters(self) -> dict[str, Tensor]:
         """State-dict entries outside quantizers and adapters as they are now, latents of quantized ones included; of a
-    folded norm nothing but the bias of its layer."""
+        folded norm nothing but the bias of its layer."""
         own = [
             name
             for name, child in self.module.named_modules()

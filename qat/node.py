@@ -260,7 +260,7 @@ class QuantizedLayer(torch.autograd.Function):
                 elif slot is None:
                     found.append((d.to(dtypes[i]) if own[i] else None, None, None, None))
                 else:
-                    d = slot.undone(d, latents[i])  # type: ignore[arg-type]
+                    d = slot.undone(d, latents[i])
                     pulled = slot.pull(d, latents[i], fields[i], blend, wants[i], dtypes[i], call.op.separable)
                     found.append(pulled)
             dfactors: list[Tensor | None] = []

@@ -132,7 +132,7 @@ class BatchNormFold(Reparam):
         inverse = torch.where(factor == 0, 0.0, 1.0 / factor)
         return t.float() * _by_row(inverse, t)
 
-    # ---- the way from the layer to the norm --------------------------------------------------------------------------
+    # ---- from the layer to the norm ----------------------------------------------------------------------------------
 
     def gave(self, y: Tensor) -> None:
         if not torch.compiler.is_compiling():
@@ -150,7 +150,7 @@ class BatchNormFold(Reparam):
         version = -1 if x.is_inference() else x._version
         if x is not self.given() or self._given is None or self._given[1] != version:
             raise QATError(f"{norm} is folded into {layer}, but gets something else than {layer} gave; {_FIX}")
-        if x.dim() != self.layer.weight.dim():  # type: ignore[union-attr, operator]
+        if x.dim() != self.layer.weight.dim():  # type: ignore[operator]
             raise QATError(f"{norm} gets {x.dim()} dimensions, of which the second is no channel of {layer}; {_FIX}")
         self.arrived = True
 
@@ -159,7 +159,7 @@ def _by_row(factor: Tensor, like: Tensor) -> Tensor:
     return factor.reshape(-1, *[1] * (like.dim() - 1))
 
 
-# ---- the norm ----------------------------------------------------------------------------------------------------------
+# ---- the norm --------------------------------------------------------------------------------------------------------
 
 
 class FoldedBatchNorm(nn.Module):
@@ -172,7 +172,7 @@ class FoldedBatchNorm(nn.Module):
         fold.check(x)
         with inside():
             if not fold.held:
-                return super().forward(x)  # type: ignore[no-any-return, misc]
+                return super().forward(x)  # type: ignore[no-any-return]
             if not fold.layer._qat.active:  # type: ignore[union-attr]
                 return normalize_held(self, x)
             return x.clone() if fold.watched else x
@@ -210,7 +210,7 @@ def agree_on_statistics(model: nn.Module) -> None:
         found = [t for fold in folds for t in (fold.norm.running_mean, fold.norm.running_var)]
         joint = torch.cat([t.float() for t in found])
         torch.distributed.broadcast(joint, 0)
-        for t, agreed in zip(found, joint.split([t.numel() for t in found]), strict=True):
+        for t, agreed in zip(found, torch.split(joint, [t.numel() for t in found]), strict=True):
             t.copy_(agreed)
     for fold in folds:
         fold.follow()
@@ -219,14 +219,14 @@ def agree_on_statistics(model: nn.Module) -> None:
 def dead_reasons(model: nn.Module) -> list[str]:
     """Norms whose channels would all give zeros, and so would never learn."""
     return [
-        f"every gamma of {fold.names[1]} is 0 (zero_init_residual?), so what is rounded in {fold.names[0]} is 0 and stays "
-        "so; start with a phase with quantize: false, or with freeze_batch_norm: true"
+        f"every gamma of {fold.names[1]} is 0 (zero_init_residual?), so what is rounded in {fold.names[0]} is 0 and "
+        "stays so; start with a phase with quantize: false, or with freeze_batch_norm: true"
         for fold in folds_of(model)
         if not fold.held and fold.layer._qat.active and not bool(fold.norm.weight.any())  # type: ignore[union-attr]
     ]
 
 
-# ---- the pairs ---------------------------------------------------------------------------------------------------------
+# ---- the pairs -------------------------------------------------------------------------------------------------------
 
 
 def find_pairs(
@@ -242,7 +242,9 @@ def find_pairs(
     for norm in found.values():
         owners = [layer for layer, other in found.items() if other == norm]
         if len(owners) > 1 and owners[0] + norm not in problems:
-            problems.append(f"batch_norm.pairs: {norm} is after {' and '.join(owners)}; it can be folded into one layer")
+            problems.append(
+                f"batch_norm.pairs: {norm} is after {' and '.join(owners)}; it can be folded into one layer"
+            )
     for layer, norm in found.items():
         reasons = [*_row_reasons(able[layer], layer in adapted), *_pair_reasons(model, layer, norm)]
         problems += [f"{layer}: {why}" for why in reasons]
@@ -294,7 +296,9 @@ def _named(model: nn.Module, layers: list[str], pairs: dict[str, str], prefix: s
 
 def _row_reasons(row: PlanRow, adapted: bool) -> list[str]:
     said = "a batch norm cannot be folded into a layer with"
-    found = [] if row.kinds["weight"] in ("linear", "conv") else [f"{said} type {row.type}; allowed: {', '.join(TYPES)}"]
+    found = (
+        [] if row.kinds["weight"] in ("linear", "conv") else [f"{said} type {row.type}; allowed: {', '.join(TYPES)}"]
+    )
     found += [] if row.backward == "float" else [f"{said} backward={row.backward}; allowed: float"]
     found += [] if row.output is None else [f"{said} an output slot, which would round before the norm; leave it out"]
     return found + ([f"{said} an adapter; leave it out of target_modules"] if adapted else [])

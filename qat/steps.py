@@ -14,7 +14,7 @@ from qat.batch_norm import hold_batch_norm
 from qat.codes import bytes_of, stays
 from qat.errors import QATError, refuse_if
 from qat.layers import QATLayer, input_quantizer, layer_quantizers, weight_quantizers
-from qat.norm_fold import agree_on_statistics, dead_reasons, folds_of
+from qat.norm_fold import BatchNormFold, agree_on_statistics, dead_reasons, folds_of
 from qat.oscillation import count_step
 from qat.quantizers import Quantizer
 from qat.recipes import from_dict
@@ -163,7 +163,8 @@ def _find_norms(model: nn.Module, state: QATState) -> None:
     pairs = [(row.name, row.norm) for row in state.known_plan().rows if row.norm]
     root = prepared_root(model) if pairs else model
     for name, norm in pairs:
-        fold: Any = root.get_submodule(name)._qat.reparams["weight"]  # type: ignore[union-attr]
+        layer: Any = root.get_submodule(name)
+        fold: BatchNormFold = layer._qat.reparams["weight"]
         if root.get_submodule(norm) is not fold.norm:
             fold.take(root.get_submodule(norm))
 

@@ -114,8 +114,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     if recipe.fold.method == "none":
         # records of versions that did not know the word stay the same
         del data["fold"]
-    for word, usual in (("fold", False), ("pairs", {})):
-        if data["batch_norm"][word] == usual:
+    for word in ("fold", "pairs"):
+        if not data["batch_norm"][word]:
             del data["batch_norm"][word]
     for word in ("imatrix", "file"):
         if data["init"][word] is None:

@@ -36,7 +36,7 @@ def reasons(recipe: Recipe) -> list[str]:
     if recipe.init.looks:
         word = "file" if recipe.init.file else "method" if recipe.init.method != "none" else "weighted"
         found.append(
-            f"{said} init.{word}={show(getattr(recipe.init, word))}, which knows no norm behind a layer; allowed: false, "
-            "or init.method: none, weighted: false"
+            f"{said} init.{word}={show(getattr(recipe.init, word))}, which knows no norm behind a layer; allowed: "
+            "false, or init.method: none, weighted: false"
         )
     return found

@@ -96,7 +96,9 @@ class Folded(Lit):
 def test_a_norm_that_is_folded_is_in_the_weights_at_the_end(tmp_path: Path, late: bool) -> None:
     """Mutation: no new search after statistics were found before the first step: red."""
     settle = {"settle": {"steps": -1, "freeze_batch_norm": True}}
-    made = recipe(phases={**({"learn": {"steps": 2}} if late else {}), **settle}, batch_norm={"fold": True, "reestimate": 3})
+    made = recipe(
+        phases={**({"learn": {"steps": 2}} if late else {}), **settle}, batch_norm={"fold": True, "reestimate": 3}
+    )
     module = Folded()
     fit(tmp_path, module, made, steps=1 if not late else 5, enable_checkpointing=True)
     bundle, x = qat.convert(module), next(iter(data()))[0]

