@@ -144,7 +144,7 @@ class Inside(nn.Module):
         wrapper: Any = self
         base = wrapper.base_layer
         live: Live = base._qat
-        lora = live.reparams["weight"]
+        lora: Any = live.reparams["weight"]
         if wrapper._disable_adapters or wrapper.merged_adapters or kwargs.get("adapter_names") is not None:
             self._refuse("disabled, merged or chosen by sample")
         names = wrapper.active_adapters

@@ -18,21 +18,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qat.codes import forget_codes_of
 from qat.errors import QATError
 
 
 class HeldBatchNorm(nn.Module):
     """First base of a swapped class: a batch norm that computes as in eval mode whatever its mode is."""
 
-    running_mean: Tensor
-    running_var: Tensor
-
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)  # type: ignore[arg-type]
+        return normalize_held(self, x)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _revive, (type(self).__mro__[2],), self.__dict__
+
+
+def normalize_held(norm: Any, x: Tensor) -> Tensor:
+    """What a batch norm gives in eval mode."""
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
 
 
 def _revive(original: type[nn.Module]) -> nn.Module:
@@ -56,13 +59,17 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def is_held(module: nn.Module) -> bool:
-    return isinstance(module, HeldBatchNorm)
+    fold = module.__dict__.get("_qat_fold")
+    return isinstance(module, HeldBatchNorm) if fold is None else bool(fold.held)
 
 
 def hold_batch_norm(model: nn.Module, hold: bool) -> None:
-    """Swap the classes of all batch norms in place, or back; names, parameters and statistics stay."""
+    """Swap the classes of all batch norms in place, or back; names, parameters and statistics stay. Folded ones
+    (`qat.norm_fold`) are told."""
     for norm in batch_norms(model):
-        if hold != is_held(norm):
+        if "_qat_fold" in norm.__dict__:
+            norm.__dict__["_qat_fold"].held = hold
+        elif hold != is_held(norm):
             if not hold and type(norm).__mro__[1] is not HeldBatchNorm:
                 raise QATError(
                     "a batch norm that a phase holds was sharded by itself; shard it with its parent instead"
@@ -117,6 +124,9 @@ def reestimate_batch_norm(
             if whole and ran:
                 mean.copy_(fresh[0])  # type: ignore[union-attr, arg-type]
                 var.copy_(fresh[1])  # type: ignore[union-attr, arg-type]
+            if "_qat_fold" in norm.__dict__:
+                norm.__dict__["_qat_fold"].follow()
+                forget_codes_of(norm)
     return len(norms)
 
 

@@ -1,9 +1,11 @@
 """No bypass: nothing but our own node may use a planned weight.
 
-Two ways in which a prepared model could silently run in float are handled here:
+Three ways in which a prepared model could silently run in float are handled here:
 
 - torch.nn.TransformerEncoder(Layer) in eval reads `linear1.weight` itself and hands it to one fused kernel; modules of
   these classes get a class-swapped forward that switches that fast path off for the call.
+- what a layer gives before the batch norm that is folded into it (`qat.norm_fold`) is read by nobody but that norm; the
+  rehearsal finds who else does.
 - anything else (a parent that calls `F.linear(x, child.weight)`) is found by the rehearsal: train and eval forwards run
   under a dispatch mode that reports every op outside our node that reads a planned weight.
 """
@@ -24,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from qat.errors import QATError
 from qat.layers import QATLayer
 from qat.node import is_inside
+from qat.norm_fold import BatchNormFold, folds_of
 
 _FAST_PATHS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
@@ -86,10 +89,13 @@ def planned_weights(model: nn.Module) -> dict[str, Tensor]:
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collects (parameter name, op) of every op outside our node that reads a planned weight."""
 
-    def __init__(self, weights: dict[str, Tensor]) -> None:
+    def __init__(self, weights: dict[str, Tensor], folds: list[BatchNormFold]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = {w.untyped_storage().data_ptr(): name for name, w in weights.items() if w.numel()}
         self.found: dict[str, str] = {}
+        # what layers gave that the norm after them has to get, and who else read it
+        self.folds = folds
+        self.early: dict[str, str] = {}
         # an optimizer reads the weights too (manual optimization steps inside training_step)
         self.paused = False
 
@@ -108,12 +114,27 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         passed_on = {self._owner(leaf) for leaf in tree_leaves(out)}
         for name in sorted(str(name) for name in touched - passed_on):
             self.found.setdefault(name, str(func))
+        self._note_early(func, (args, kwargs), out)
         return out
 
+    def _note_early(self, func: Any, given: Any, out: Any) -> None:
+        waiting = {y.untyped_storage().data_ptr(): fold for fold in self.folds if (y := fold.given()) is not None}
+        # of a backward inside the step it is no use
+        if not waiting or "backward" in str(func):
+            return
+        read, passed_on = (
+            {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(tree) if _is_whole(leaf)}
+            for tree in (given, out)
+        )
+        for place in (read - passed_on) & waiting.keys():
+            self.early.setdefault(waiting[place].names[0], str(func))
+
     def _owner(self, leaf: Any) -> str | None:
-        if type(leaf) not in (Tensor, nn.Parameter) or leaf.layout != torch.strided or leaf.device.type == "meta":
-            return None
-        return self.names.get(leaf.untyped_storage().data_ptr())
+        return self.names.get(leaf.untyped_storage().data_ptr()) if _is_whole(leaf) else None
+
+
+def _is_whole(leaf: Any) -> bool:
+    return type(leaf) in (Tensor, nn.Parameter) and leaf.layout == torch.strided and leaf.device.type != "meta"
 
 
 @contextmanager
@@ -123,14 +144,27 @@ def watched(model: nn.Module) -> Iterator[None]:
     Sharded weights (DTensor) are not watched: their storage is not the one that the forward reads.
     """
     weights = {name: w for name, w in planned_weights(model).items() if type(w) in (Tensor, nn.Parameter)}
-    watch = _Watch(weights)
+    folds = folds_of(model)
+    watch = _Watch(weights, folds)
     hooks = [register_optimizer_step_pre_hook(watch.pause), register_optimizer_step_post_hook(watch.go_on)]
+    for fold in folds:
+        fold.watched, fold.arrived = True, True
     try:
         with watch:
             yield
     finally:
         for hook in hooks:
             hook.remove()
+        for fold in folds:
+            fold.watched = False
+    for fold in folds:
+        layer, norm = fold.names
+        op = watch.early.get(layer) or (None if fold.arrived else "nothing of it")
+        if op is not None:
+            raise QATError(
+                f"{norm} is folded into {layer}, but {op} reads what {layer} gives without the norm; leave the pair "
+                "out of batch_norm.pairs, or set batch_norm.fold: false"
+            )
     if watch.found:
         name, op = next(iter(watch.found.items()))
         raise QATError(

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from qat.fake_quant_kernels import rowwise4
 from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.quantizers import Quantizer
-from qat.reparam import Lora
+from qat.reparam import Reparam
 
 if TYPE_CHECKING:
     from qat.specs import QuantSpec
@@ -44,7 +44,7 @@ class CodeCache:
         # the weight, its codes and fields, their form
         self.entries: dict[str, tuple[Tensor, Entry, str]] = {}
         self._owners: dict[str, weakref.ref[Tensor]] = {}
-        # the parameters, weights, adapters and learned scales, that codes come from
+        # the parameters, weights, factors and learned scales, that codes come from
         self._sources: dict[str, dict[int, weakref.ref[Tensor]]] = {}
         self._tokens: dict[str, Any] = {}
         _caches.add(self)
@@ -58,7 +58,7 @@ class CodeCache:
         made.enabled = self.enabled
         return made
 
-    def own(self, key: str, w: Tensor, quantizer: Quantizer, reparam: Lora | None) -> None:
+    def own(self, key: str, w: Tensor, quantizer: Quantizer, reparam: Reparam | None) -> None:
         """w is the layer's Parameter, and stays where it is."""
         self._owners[key] = weakref.ref(w)
         factors = () if reparam is None else reparam.factors
@@ -76,14 +76,14 @@ class CodeCache:
         self.entries.clear()
         self._tokens.clear()
 
-    def owns(self, key: str, w: Tensor, reparam: Lora | None) -> bool:
+    def owns(self, key: str, w: Tensor, reparam: Reparam | None) -> bool:
         """Whether codes of w may be kept."""
         owner = self._owners.get(key)
         if not self.enabled or owner is None or owner() is not w or not stays(w):
             return False
         return reparam is None or all(id(t) in self._sources[key] and stays(t) for t in reparam.factors)
 
-    def quantized(self, key: str, w: Tensor, quantizer: Quantizer, reparam: Lora | None) -> tuple[Entry, str, bool]:
+    def quantized(self, key: str, w: Tensor, quantizer: Quantizer, reparam: Reparam | None) -> tuple[Entry, str, bool]:
         """(codes and fields, their form, whether they are kept); eager mode only."""
         if not self.owns(key, w, reparam):
             return quantize(quantizer, rows_of(w, quantizer, reparam)), PLAIN, False
@@ -133,8 +133,8 @@ def forget_codes_of(module: nn.Module) -> None:
             cache.forget()
 
 
-def rows_of(w: Tensor, quantizer: Quantizer, reparam: Lora | None) -> Tensor:
-    """Rows [R, K] of what is quantized: the weight, or its sum with its adapter."""
+def rows_of(w: Tensor, quantizer: Quantizer, reparam: Reparam | None) -> Tensor:
+    """Rows [R, K] of what is quantized: the weight, or what its `Reparam` makes of it."""
     return quantizer.layout.to_rows(w.detach() if reparam is None else reparam.weight(w, *reparam.factors))
 
 
@@ -174,8 +174,8 @@ def bytes_of(spec: QuantSpec, shape: tuple[int, int]) -> int:
     return rows * columns + 4 * scales * fields
 
 
-def _token(w: Tensor, quantizer: Quantizer, reparam: Lora | None) -> Any:
-    """Changes with the weight, its place, its adapter, and all that the quantizer reads."""
+def _token(w: Tensor, quantizer: Quantizer, reparam: Reparam | None) -> Any:
+    """Changes with the weight, its place, its factors, and all that the quantizer reads."""
     states = [*quantizer._parameters.values(), *quantizer._buffers.values()]
     if reparam is not None:
         states += reparam.factors

@@ -17,6 +17,7 @@ from qat.errors import ExportError, QATError
 from qat.fold.rotate import restructure
 from qat.layers import QATLayer, input_quantizer, original_class, weight_quantizers
 from qat.layout import Layout
+from qat.norm_fold import folds_of
 from qat.plan import Plan, deployed, has_config
 from qat.prepare import prepare, unprepare
 from qat.qtensor import QTensor
@@ -139,17 +140,30 @@ class Bundle(Mapping[str, QTensor]):
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """State-dict entries outside quantizers and adapters as they are now, latents of quantized ones included."""
+        """State-dict entries outside quantizers and adapters as they are now, latents of quantized ones included; of a
+        folded norm nothing but the bias of its layer."""
         own = [
             name
             for name, child in self.module.named_modules()
             if isinstance(child, Quantizer) or name.endswith(CHILD) or id(child) in self._adapters.inner
         ]
-        return {
+        own += [self._local(fold.names[1]) for fold in folds_of(self.module)]
+        found = {
             self._adapters.name(name): value
             for name, value in self.module.state_dict(keep_vars=True).items()
             if isinstance(value, Tensor) and not any(name.startswith(f"{prefix}.") for prefix in own)
         }
+        with torch.no_grad():
+            return found | {f"{self._local(fold.names[0])}.bias": fold.folded_bias() for fold in folds_of(self.module)}
+
+    def _local(self, name: str) -> str:
+        """A module's name in the bundle from that in the plan."""
+        return self._adapters.name(name.removeprefix(self.prefix))
+
+    @property
+    def norms(self) -> dict[str, str]:
+        """Layer -> the batch norm that is folded into it, and that a deployed model does not have."""
+        return {self._local(fold.names[0]): self._local(fold.names[1]) for fold in folds_of(self.module)}
 
     def layouts(self) -> dict[str, Layout]:
         """Parameter name -> how its rows are taken."""
@@ -172,6 +186,10 @@ class Bundle(Mapping[str, QTensor]):
         adapters = Adapters(module)
         layers = {adapters.name(name): m for name, m in module.named_modules() if id(m) not in adapters.inner}
         unprepare(module)
+        for name, norm in self.norms.items():
+            layers[name]._parameters["bias"] = nn.Parameter(live[f"{name}.bias"].clone(), requires_grad=False)
+            parent, _, last = norm.rpartition(".")
+            module.get_submodule(parent)._modules[last] = layers[norm] = nn.Identity()
         for name, wrapper in wrappers(module).items():
             parent, _, last = name.rpartition(".")
             module.get_submodule(parent)._modules[last] = wrapper._modules["base_layer"]

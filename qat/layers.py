@@ -28,7 +28,7 @@ from qat.node import Call, KeepInGraph, QuantizedLayer, Slot, inside, no_autocas
 from qat.ops import ConvOp, EmbeddingOp, ExpertsOp, LayerOp, LinearOp, no_view, random_state
 from qat.qtensor import Fields
 from qat.quantizers import Quantizer
-from qat.reparam import Lora
+from qat.reparam import Reparam
 
 _OPS: dict[type[nn.Module], tuple[str, LayerOp]] = {
     nn.Linear: ("Linear", LinearOp()),
@@ -91,8 +91,8 @@ class Live:
     # codes of 8-bit weights and inputs are multiplied as they are where the machine can
     real: bool = True
     cache: CodeCache = field(default_factory=CodeCache)
-    # weight name -> what is added to it before it is quantized
-    reparams: dict[str, Lora] = field(default_factory=dict)
+    # weight name -> what is done to it before it is quantized
+    reparams: dict[str, Reparam] = field(default_factory=dict)
     # the prepared root's record: a module whose `training` is the root's
     root: nn.Module | None = None
 
@@ -118,11 +118,14 @@ class QATLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         live = self._qat
         if not live.active:
-            return _float(self, live, args, kwargs)
-        if live.op.replays:
-            y: Tensor = _apart(self, live, args, kwargs)
-            return y
-        return _quantized(self, live, args, kwargs)
+            y = _float(self, live, args, kwargs)
+        elif live.op.replays:
+            y = _apart(self, live, args, kwargs)
+        else:
+            y = _quantized(self, live, args, kwargs)
+        for reparam in live.reparams.values():
+            reparam.gave(y)
+        return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         forget_codes_of(self)
@@ -198,6 +201,8 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
         kinds = op.kinds(layer)
         weights = [getattr(layer, key) for key in kinds]
         factors = [t for key in kinds if key in live.reparams for t in live.reparams[key].factors]
+        for reparam in live.reparams.values():
+            inputs = (inputs[0], reparam.bias(inputs[1]), *inputs[2:])
         dtype = _compute_dtype(op, inputs, weights)
         live.latent_dtype, live.out_dtype = (factors or weights)[0].dtype, dtype
         with no_autocast(weights[0].device.type):
@@ -244,7 +249,7 @@ def _weight(live: Live, key: str, w: Tensor, quantizer: Quantizer | None) -> tup
         form = form if keep else PLAIN
     else:
         entry, form, keep = cache.quantized(key, w, quantizer, reparam)
-    slot = Slot(quantizer, quantizer.live_spec, layout, form, keep, reparam)
+    slot = Slot(quantizer, quantizer.live_spec, layout, form, keep, reparam, reparam is not None and reparam.undoes)
     if torch.is_grad_enabled() and any(p.requires_grad for p in quantizer.learned()):
         fields = quantizer.differentiable(Fields(*entry[1:])) if keep else None
         if fields is None:
@@ -349,7 +354,7 @@ def _product(
     # by the spec, not by the form: whether codes are kept must change no number
     packed = packs(w_slot.spec, w_slot.layout.rows_shape[1])
     # one scale per token or for all, one per output or for all
-    if packed or asymmetric or scale.shape[1] != 1 or x_scale.shape[1] != 1:
+    if packed or asymmetric or w_slot.undo or scale.shape[1] != 1 or x_scale.shape[1] != 1:
         return ""
     if x_slot.spec.is_int and w_slot.spec.is_int:
         return "" if int8_linear.reasons(x_codes, codes, dtype, x_zero is not None) else "int8"

@@ -36,13 +36,13 @@ from qat.ops import LayerOp, Tensors, no_view, replayed
 from qat.qtensor import Fields
 from qat.quantizers import Quantizer
 from qat.quantizers._gradients import scale_gradient
-from qat.reparam import Lora
+from qat.reparam import Reparam
 from qat.specs import QuantSpec
 
 # tensors of one slot among the node's arguments: codes, scale, zero, minimum
 _SLOT = 4
 
-# what a weight is made of: the weight itself, or it and the factors of its adapter
+# what a weight is made of: the weight itself, or it and the factors of its `Reparam`
 Latents = Tensor | tuple[Tensor, Tensor, Tensor]
 
 # > 0 while one of our nodes or float ops is running: the rehearsal lets these touch planned weights
@@ -85,11 +85,17 @@ class Slot:
     # codes are saved for backward
     keep: bool = True
     # what makes the weight of W0 and more; None: W0 is the weight
-    reparam: Lora | None = None
+    reparam: Reparam | None = None
+    # its factors are taken out again after the rounding
+    undo: bool = False
 
     def latents(self, t: Latents) -> Tensor:
         """What is quantized."""
         return self.reparam.weight(*t) if self.reparam is not None else t  # type: ignore[return-value]
+
+    def undone(self, t: Tensor, latents: Latents) -> Tensor:
+        """The rounded weight, or a gradient on its way back, with or without the factors."""
+        return self.reparam.undo(t, latents) if self.reparam is not None and self.undo else t  # type: ignore[arg-type]
 
     def rows(self, t: Tensor) -> Tensor:
         return self.layout.to_rows(t)
@@ -198,7 +204,8 @@ class Call:
         slot = self.weights[i]
         if slot is None:
             return w.to(self.dtype)  # type: ignore[union-attr]
-        return slot.hat(w, quantized, blend, self.dtype, again)
+        hat = slot.hat(w, quantized, blend, torch.float32 if slot.undo else self.dtype, again)
+        return slot.undone(hat, w).to(self.dtype)
 
 
 class QuantizedLayer(torch.autograd.Function):
@@ -253,16 +260,17 @@ class QuantizedLayer(torch.autograd.Function):
                 elif slot is None:
                     found.append((d.to(dtypes[i]) if own[i] else None, None, None, None))
                 else:
+                    d = slot.undone(d, latents[i])
                     pulled = slot.pull(d, latents[i], fields[i], blend, wants[i], dtypes[i], call.op.separable)
                     found.append(pulled)
             dfactors: list[Tensor | None] = []
             for i, (w, pair) in enumerate(zip(weights, factors, strict=True), 1):
                 if pair:
-                    dw, reparam = found[i][0], slots[i].reparam  # type: ignore[union-attr]
-                    pulled = (None, None) if dw is None else reparam.pull(dw, pair, needs_f[i - 1])  # type: ignore[union-attr]
+                    slot, dw = slots[i], found[i][0]
+                    needs = (needs_w[i - 1], *(need and not slot.undo for need in needs_f[i - 1]))  # type: ignore[union-attr]
+                    dw, *pulled = (None,) * 3 if dw is None else slot.reparam.pull(dw, (w, *pair), needs)  # type: ignore[union-attr, assignment]
                     dfactors += pulled
-                    kept = dw.to(w.dtype) if dw is not None and needs_w[i - 1] else None
-                    found[i] = (kept, *found[i][1:])
+                    found[i] = (None if dw is None else dw.to(w.dtype), *found[i][1:])
         dothers = [None if d is None else d.to(t.dtype) for d, t in zip(dinputs[1:], inputs[1:], strict=True)]
         dfields = [d for grads in found for d in (None, *grads[1:])]
         return (None, None, None, found[0][0], *dothers, *(grads[0] for grads in found[1:]), *dfields, *dfactors)

@@ -18,6 +18,7 @@ from qat.errors import QATError
 from qat.fake_quant_kernels.int8_linear import LONGEST
 from qat.layers import TYPES, layer_type, listed_name, original_class
 from qat.layout import Layout
+from qat.norm_fold import find_pairs
 from qat.quantizers import Quantizer, quantizer_class
 from qat.recipes.schema import Recipe, Rule, Slot
 from qat.specs import QuantSpec
@@ -47,6 +48,8 @@ class PlanRow:
     backward: str = "float"
     # of what the layer gives
     output: QuantSpec | None = None
+    # the batch norm that is multiplied into its weight
+    norm: str = ""
 
     @property
     def quantized(self) -> bool:
@@ -95,6 +98,7 @@ class Plan:
         table.add_column("parameters", justify="right")
         for row in (*self.rows, *self.float_rows):
             weight = str(row.weight) if row.weight else f"float{f' ({row.note})' if row.note else ''}"
+            weight += f", with {row.norm}" if row.norm else ""
             x = str(row.input or "float") + ("" if row.backward == "float" else f", backward {row.backward}")
             x += "" if row.output is None else f", output {row.output}"
             cells = (row.name or "(the model)", row.type, row.rule or "-", weight, x)
@@ -169,6 +173,10 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
             problems.append(_unmatched(name, rule, rows))
     problems += _tied_reasons(model, rows, recipe, adapters)
     problems += adapters.reasons({row.name for row in rows if row.weight is not None})
+    if recipe.batch_norm.fold:
+        pairs, why = find_pairs(model, rows, recipe.batch_norm.pairs, prefix, set(adapters.of))
+        rows = [replace(row, norm=pairs.get(row.name, "")) for row in rows]
+        problems += why
     quantized = [row for row in rows if row.quantized]
     left = [row for row in rows if not row.quantized]
     if recipe.strict:

@@ -31,12 +31,13 @@ from qat.layers import (
     weight_quantizers,
 )
 from qat.layout import Layout
+from qat.norm_fold import BatchNormFold, folds_of
 from qat.oscillation import add_counts
 from qat.plan import Plan, PlanRow, make_plan
 from qat.quantizers import Quantizer, make_quantizer
 from qat.recipes import from_dict, load_recipe, to_dict
 from qat.recipes.schema import Recipe
-from qat.reparam import Lora
+from qat.reparam import Reparam
 from qat.state import CHILD, QATState, folded, require_folded, require_state, rotations, state_of, structure
 from qat.steps import (
     apply_schedule,
@@ -146,7 +147,10 @@ def _insert(model: nn.Module, state: QATState, found: Plan, search: bool) -> Non
     for row in found.rows:
         layer = model.get_submodule(row.name)
         if not isinstance(layer, QATLayer):
-            _swap(layer, row, shared, take_in(wrappers[row.name]) if row.name in wrappers else None)
+            reparam: Reparam | None = take_in(wrappers[row.name]) if row.name in wrappers else None
+            if row.norm:
+                reparam = BatchNormFold(layer, model.get_submodule(row.norm), (row.name, row.norm))
+            _swap(layer, row, shared, reparam)
             if counts:
                 for key, quantizer in layer._modules.items():
                     if isinstance(quantizer, Quantizer) and quantizer.layout.kind != "tokens":
@@ -184,7 +188,8 @@ def _train_scales_alone(model: nn.Module, state: QATState) -> None:
 def _scalings(model: nn.Module) -> dict[str, float]:
     """Layer name -> what its adapter is multiplied with, which no state dict of peft tells."""
     live = {name: layer._qat for name, layer in qat_layers(model).items()}
-    return {name: found.reparams["weight"].scaling for name, found in live.items() if found.reparams}
+    found = {name: reparam.scaling for name, one in live.items() for reparam in one.reparams.values()}
+    return {name: scaling for name, scaling in found.items() if scaling is not None}
 
 
 def _loaded(model: nn.Module) -> None:
@@ -213,6 +218,8 @@ def _loaded_float(model: nn.Module) -> None:
             log.warning("weights without a record were loaded into a rotated model; are they rotated, too?")
         record.folded = rotations(record.folded)
         initialize(model)
+    else:
+        weights_changed(model)
 
 
 def _refuse_sharded(model: nn.Module, found: Plan) -> None:
@@ -230,7 +237,7 @@ def _existing(model: nn.Module) -> dict[int, Quantizer]:
     return {id(layer._parameters[key]): q for layer in layers for key, q in weight_quantizers(layer).items()}
 
 
-def _swap(layer: nn.Module, row: PlanRow, shared: dict[int, Quantizer], lora: Lora | None) -> None:
+def _swap(layer: nn.Module, row: PlanRow, shared: dict[int, Quantizer], reparam: Reparam | None) -> None:
     entry = layer_type(layer)
     assert entry is not None
     weights = {key: layer._parameters[key] for key in row.kinds}
@@ -244,7 +251,7 @@ def _swap(layer: nn.Module, row: PlanRow, shared: dict[int, Quantizer], lora: Lo
             layer.__dict__[f"{key}_quantizer"] = tied
             continue
         # a base weight is frozen; its scale learns with the adapter
-        learns = weight if lora is None else lora.factors[0]
+        learns: Any = weight if reparam is None else next(iter(reparam.trained(weight).values()))
         quantizer = _made(row.weight, Layout(tuple(weight.shape), row.kinds[key]), learns, layer)
         layer.add_module(f"{key}_quantizer", quantizer)
         shared[id(weight)] = quantizer
@@ -254,7 +261,7 @@ def _swap(layer: nn.Module, row: PlanRow, shared: dict[int, Quantizer], lora: Lo
     if row.output is not None:
         first = next(w for w in weights.values() if w is not None)
         layer.add_module("output_quantizer", _made(row.output, Layout((1, 1), "tokens"), first, layer))
-    reparams = {} if lora is None else {"weight": lora}
+    reparams = {} if reparam is None else {"weight": reparam}
     layer.__dict__["_qat"] = Live(original_class(layer), entry[1], backward=row.backward, reparams=reparams)
     swapped: Any = swapped_class(original_class(layer))
     layer.__class__ = swapped
@@ -275,6 +282,8 @@ def unprepare(model: nn.Module) -> None:
     reopen_fast_paths(model)
     let_go(model)
     hold_batch_norm(model, False)
+    for fold in folds_of(model):
+        fold.let_go()
     for layer in list(model.modules()):
         if isinstance(layer, QATLayer):
             original: Any = layer._qat.original

@@ -129,7 +129,9 @@ def structure(recipe: dict[str, Any]) -> Any:
     if phases:
         last = list(phases)[-1]
         phases[last] = {**phases[last], "steps": -1}
-    return {"rules": recipe.get("rules"), "phases": list(phases.items()), "fold": recipe.get("fold")}
+    norms = recipe.get("batch_norm") or {}
+    folds = [norms.get("fold", False), norms.get("pairs", {})]
+    return {"rules": recipe.get("rules"), "phases": list(phases.items()), "fold": recipe.get("fold"), "norms": folds}
 
 
 def encode_record(record: Record, size: int = 0) -> Tensor:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.batch_norm import hold_batch_norm
 from qat.codes import bytes_of, stays
-from qat.errors import QATError
+from qat.errors import QATError, refuse_if
 from qat.layers import QATLayer, input_quantizer, layer_quantizers, weight_quantizers
+from qat.norm_fold import BatchNormFold, agree_on_statistics, dead_reasons, folds_of
 from qat.oscillation import count_step
 from qat.quantizers import Quantizer
 from qat.recipes import from_dict
+from qat.reparam import Reparam
 from qat.schedule import Schedule, State
 from qat.state import CHILD, QATState, require_folded, require_state
 
@@ -43,6 +46,7 @@ def initialize(model: nn.Module, *, force: bool = False) -> None:
     state = require_state(model)
     search_scales(qat_layers(model), force)
     state.record.initialized = True
+    refuse_if(dead_reasons(model), "batch_norm.fold", QATError)
     weights_changed(model)
 
 
@@ -127,6 +131,7 @@ def apply_schedule(model: nn.Module, step: int | None = None) -> State:
     if state.schedule is None:
         state.schedule = schedule_of(model)
     now: State = state.schedule.at(state.record.step)
+    _find_norms(model, state)
     if now.freeze_batch_norm:
         # a norm whose class another library changed since is held again
         hold_batch_norm(model, True)
@@ -153,6 +158,17 @@ def apply_schedule(model: nn.Module, step: int | None = None) -> State:
     return now
 
 
+def _find_norms(model: nn.Module, state: QATState) -> None:
+    """Norms that are folded are those of these names, whatever module stands there now."""
+    pairs = [(row.name, row.norm) for row in state.known_plan().rows if row.norm]
+    root = prepared_root(model) if pairs else model
+    for name, norm in pairs:
+        layer: Any = root.get_submodule(name)
+        fold: BatchNormFold = layer._qat.reparams["weight"]
+        if root.get_submodule(norm) is not fold.norm:
+            fold.take(root.get_submodule(norm))
+
+
 def holds_from_now(state: QATState) -> bool:
     """Whether batch norms keep their statistics from this optimizer step on, and did not in the one before."""
     schedule, step = state.schedule, state.record.step
@@ -174,6 +190,9 @@ def refresh_codes(model: nn.Module, at_once: bool) -> None:
     """`weights_changed`; at_once: compute them now for layers that are not compiled (yet) as well."""
     state = require_state(model)
     budget = float("inf") if state.code_cache is True else float(state.code_cache)
+    with torch.no_grad():
+        for fold in folds_of(model):
+            fold.follow()
     for layer in qat_layers(model).values():
         live = layer._qat
         live.cache.forget()
@@ -244,6 +263,10 @@ def after_optimizer_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -
         quantizer.commit()
     remember_dtypes(model)
     before = apply_schedule(model)
+    if state.record.step == 0:
+        refuse_if(dead_reasons(model), "batch_norm.fold", QATError)
+    if not before.freeze_batch_norm:
+        agree_on_statistics(model)
     count_step(model, before)
     now = apply_schedule(model, state.record.step + 1)
     if now.active and not before.active:
@@ -280,11 +303,9 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, layer in qat_layers(model).items():
         for key in weight_quantizers(layer):
-            reparam, parameter = layer._qat.reparams.get(key), f"{name}.{key}" if name else key
-            if reparam is None:
-                found[parameter] = layer._parameters[key]  # type: ignore[assignment]
-            else:
-                found |= {f"{parameter} ({factor})": t for factor, t in zip("AB", reparam.factors, strict=True)}
+            reparam, parameter = layer._qat.reparams.get(key, Reparam()), f"{name}.{key}" if name else key
+            trained = reparam.trained(layer._parameters[key])  # type: ignore[arg-type]
+            found |= {f"{parameter}{what}": t for what, t in trained.items()}
     return found
 
 

@@ -10,7 +10,7 @@ import re
 from importlib.metadata import entry_points
 from importlib.resources import files
 
-from qat.recipes import folding, starting, training
+from qat.recipes import folding, norms, starting, training
 from qat.recipes.schema import Distill, Phase, Recipe, Rule, Slot, Train
 from qat.recipes.shape import class_errors, join, nearest, plain_errors, shape_errors, show
 
@@ -95,7 +95,7 @@ def check(recipe: Recipe) -> list[str]:
     found += _phases(recipe)
     found += folding.reasons(recipe)
     found += starting.reasons(recipe, DYNAMIC_QUANTIZERS)
-    found += _at_least("batch_norm.reestimate", recipe.batch_norm.reestimate, 0)
+    found += norms.reasons(recipe)
     found += _distill(recipe.distill)
     if recipe.distill.hidden > 0 and not recipe.distill.enabled:
         found.append(f"distill.hidden: {show(recipe.distill.hidden)} does nothing with enabled=false; allowed: 0")

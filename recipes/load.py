@@ -114,6 +114,9 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     if recipe.fold.method == "none":
         # records of versions that did not know the word stay the same
         del data["fold"]
+    for word in ("fold", "pairs"):
+        if not data["batch_norm"][word]:
+            del data["batch_norm"][word]
     for word in ("imatrix", "file"):
         if data["init"][word] is None:
             del data["init"][word]

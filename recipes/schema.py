@@ -193,6 +193,12 @@ class BatchNorm:
     # Training batches from which statistics are found anew before each validation, before a phase freezes them, and at
     # the end of training; 0: they stay as training left them. Nagel et al. 2022 take 50.
     reestimate: int = 0
+    # Batch norms become part of the quantized layers before them: rounded is w * gamma / sqrt(variance + eps), and what
+    # is exported has no norm. Needs freeze_batch_norm: true in the last phase.
+    fold: bool = False
+    # Layer -> the batch norm after it; "*" stands for one part of a dotted name, the same one in both. {}: each layer
+    # with a quantized weight after which its module lists a batch norm.
+    pairs: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -35,6 +35,7 @@ LAYERS = {
     "init": 3,
     "layers": 3,
     "node": 3,
+    "norm_fold": 3,
     "ops": 3,
     "oscillation": 3,
     "plan": 3,

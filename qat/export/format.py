@@ -147,6 +147,11 @@ class Format(ABC):
         found: dict[str, list[str]] = {}
         for row in plan.rows:
             lost = [] if row.output is None else [f"output {row.output}: {self.name} holds no grid of an output"]
+            if row.norm and self.needs == "tensors":
+                lost.append(
+                    f"batch_norm.fold: {self.name} holds a layer's tensors, and its reader would run the norm once "
+                    "more; use onnx or openvino, or fold: false"
+                )
             for why in [*lost, *self.row_reasons(row)]:
                 found.setdefault(why, []).append(row.name or "the model")
         reasons = [f"{_names(names)}: {why}" for why, names in found.items()]

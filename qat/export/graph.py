@@ -1,7 +1,8 @@
 """The graph of a deployed model, for formats that need one: the user's own float code, traced, with marks to replace.
 
     marked(bundle)      a float32 copy of the network without quantizers, with `qat::Weight` where a planned weight is
-                        read and `qat::Input` where a layer's input is rounded, each with the name of what it stands for
+                        read, `qat::Input` where a layer's input is rounded and `qat::Folded` where a batch norm stood,
+                        each with the name of what it stands for
     traced(bundle)      that as ONNX, by `torch.onnx.export`
 
 A mark is an operation that no optimizer knows, so nothing is folded across it, and its name is an attribute of its own:
@@ -29,7 +30,7 @@ from qat.convert import Bundle
 from qat.errors import ExportError
 
 DOMAIN = "qat"
-WEIGHT, INPUT, LINEAR = "Weight", "Input", "Linear"
+WEIGHT, INPUT, LINEAR, FOLDED = "Weight", "Input", "Linear", "Folded"
 _GIVE = "give qat.export(..., example_inputs=a batch of the model's own inputs)"
 # a batch of two, and not of one: torch.export takes sizes of one for constants
 _BATCH, _TOKENS = 2, 8
@@ -114,6 +115,8 @@ def marked(bundle: Bundle, linears: frozenset[str] = frozenset()) -> nn.Module:
     module, layers = bundle.plain()
     for name in bundle.inputs:
         layers[name].register_forward_pre_hook(_rounded(name), with_kwargs=True)
+    for name, norm in bundle.norms.items():
+        layers[norm].forward = MethodType(_norm(name), layers[norm])
     for name, owner in {**{name: name for name in bundle}, **bundle.tied}.items():
         layer, key = layers[name.rpartition(".")[0]], name.rpartition(".")[2]
         if owner in linears and _is_linear(layer):
@@ -152,6 +155,13 @@ def _rounded(name: str) -> Any:
         return args, {**kwargs, first: _mark(INPUT, kwargs[first], name)}
 
     return hook
+
+
+def _norm(name: str) -> Any:
+    def forward(norm: nn.Module, x: Tensor) -> Tensor:
+        return _mark(FOLDED, x, name)
+
+    return forward
 
 
 def _is_linear(layer: nn.Module) -> bool:

@@ -236,6 +236,30 @@ def fold() -> None:
         done("fold", said=str(refused))
 
 
+class Normed(Halves):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 8))
+
+
+def norms() -> None:
+    """Ranks see other batches and so other statistics; what they round is the same, in each phase."""
+    phases = {"learn": {"steps": 3}, "settle": {"steps": -1, "freeze_batch_norm": True}}
+    folded = recipe(phases=phases, batch_norm={"fold": True})
+    for steps in (2, STEPS):
+        module = Normed()
+        t = trainer(FOLDER, QATCallback(folded), devices=2, strategy="ddp", max_steps=steps)
+        t.fit(module, data())
+        same_on_all_ranks(module)
+        bundle = qat.convert(module)
+        for tensor in (bundle["net.0.weight"].codes.float(), bundle.floats["net.0.bias"].contiguous()):
+            first = tensor.clone()
+            dist.broadcast(first, 0)
+            assert torch.equal(tensor, first)
+    t.save_checkpoint(FOLDER / "norms.ckpt")
+    done("norms", losses=mean_losses(module), tensors=saved_equals_trained(module, FOLDER / "norms.ckpt", Normed()))
+
+
 def alive_after_forward(module: torch.nn.Module, x: Tensor) -> int:
     """Bytes of the storages that autograd keeps and that are allocated when the forward is over, weights' included."""
     kept: list[Tensor] = []
@@ -289,7 +313,7 @@ def fsdp2_codes() -> None:
 
 for case in CASES:
     run = {"ddp": ddp, "fsdp2": fsdp2, "fsdp2_resume": fsdp2_resume, "fsdp2_inside": fsdp2_inside}
-    (run | {"fsdp2_codes": fsdp2_codes, "init": init, "fold": fold, "lora": lora})[case]()
+    (run | {"fsdp2_codes": fsdp2_codes, "init": init, "fold": fold, "lora": lora, "norms": norms})[case]()
 
 # All is written. Leave without the interpreter's shutdown, in which gloo's threads may still be running: on a busy
 # machine that ended a finished rank with "terminate called without an active exception".

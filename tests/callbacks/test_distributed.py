@@ -17,7 +17,7 @@ from qat.callbacks import QATCallback
 
 TRAINED = ("ddp", "fsdp2", "fsdp2_resume", "fsdp2_inside")
 PEFT = importlib.util.find_spec("peft") is not None
-CASES = (*TRAINED, "init", "fold", "fsdp2_codes", *(["lora"] if PEFT else []))
+CASES = (*TRAINED, "init", "fold", "norms", "fsdp2_codes", *(["lora"] if PEFT else []))
 ROOT = Path(__file__).parents[2]
 EMA_INPUT = {"bits": 8, "granularity": "tensor", "quantizer": "ema", "zero_point": "int"}
 pytestmark = pytest.mark.slow

@@ -84,6 +84,43 @@ def test_a_phase_that_freezes_them_begins_with_fresh_ones(tmp_path: Path) -> Non
     assert not torch.allclose(unsettled.batches[2][1], watch.batches[2][1])
 
 
+class Folded(Lit):
+    """The norm is behind the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8))  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_norm_that_is_folded_is_in_the_weights_at_the_end(tmp_path: Path, late: bool) -> None:
+    """Mutation: no new search after statistics were found before the first step: red."""
+    settle = {"settle": {"steps": -1, "freeze_batch_norm": True}}
+    made = recipe(
+        phases={**({"learn": {"steps": 2}} if late else {}), **settle}, batch_norm={"fold": True, "reestimate": 3}
+    )
+    module = Folded()
+    fit(tmp_path, module, made, steps=1 if not late else 5, enable_checkpointing=True)
+    bundle, x = qat.convert(module), next(iter(data()))[0]
+    weights = [bundle[f"net.{i}.weight"].dequantize() for i in (0, 3)]
+    hidden = torch.relu(nn.functional.linear(x, weights[0], bundle.floats["net.0.bias"]))
+    with torch.no_grad():
+        assert torch.equal(nn.functional.linear(hidden, weights[1], bundle.floats["net.3.bias"]), module.eval().net(x))
+    if not late:
+        quantizer = module.net[0].weight_quantizer  # type: ignore[index]
+        fresh = qat.quantizers.make_quantizer(quantizer.spec, quantizer.layout)
+        plain = Folded()
+        reestimate_batch_norm(plain, [batch[0] for batch in islice(data(), 3)], lambda m, x: m.net(x))
+        norm = plain.net[1]  # type: ignore[index]
+        factor = norm.weight / torch.sqrt(module.net[0].folded_variance + norm.eps)  # type: ignore[index]
+        fresh.init_from(plain.net[0].weight.detach() * factor.detach()[:, None])  # type: ignore[index]
+        assert torch.equal(quantizer.start_scale, fresh.start_scale)
+    (path,) = tmp_path.rglob("*.ckpt")
+    again = qat.convert(qat.load_from_checkpoint(path, Folded()))
+    assert torch.equal(again["net.0.weight"].codes, bundle["net.0.weight"].codes)
+    assert torch.equal(again.floats["net.0.bias"], bundle.floats["net.0.bias"])
+
+
 def test_statistics_that_could_not_be_found_are_refused_before_a_step(tmp_path: Path) -> None:
     class Manual(Normed):
         def __init__(self) -> None:

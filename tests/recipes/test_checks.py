@@ -200,6 +200,28 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"phases.wait.dampen": 0.1}, "phases.wait.dampen: 0.1 is not allowed with quantize=false", "allowed: 0"),
     ({"phases.qat.freeze_batch_norm": "yes!"}, "phases.qat.freeze_batch_norm:", "true"),
     ({"batch_norm": {"reestimate": -1}}, "batch_norm.reestimate: -1 is not allowed", "allowed: 0 or more"),
+    (
+        {"batch_norm": {"fold": True}},
+        "batch_norm.fold: true is not allowed with phases.qat.freeze_batch_norm=false",
+        "allowed: false, or freeze_batch_norm: true in the last phase",
+    ),
+    ({"batch_norm": {"pairs": {"a": "b"}}}, "batch_norm.pairs: it does nothing with fold=false", "fold: true"),
+    (
+        {"batch_norm": {"fold": True, "pairs": {"a.*": "b.*.*"}}},
+        'batch_norm.pairs: "b.*.*" has more stars than "a.*"',
+        "which it belongs to",
+    ),
+    ({"batch_norm": {"fold": True, "pairs": {"a": ""}}}, 'batch_norm.pairs: "" names nothing', "names of a layer"),
+    (
+        {"batch_norm": {"fold": True}, "phases.qat": {"dampen": 0.1, "freeze_batch_norm": True}},
+        "batch_norm.fold: true is not allowed with phases.qat.dampen=0.1",
+        "allowed: false, or 0 there",
+    ),
+    (
+        {"batch_norm": {"fold": True}, "init": {"method": "gptq"}},
+        'batch_norm.fold: true is not allowed with init.method="gptq"',
+        "init.method: none",
+    ),
     ({"batch_norm": {"batches": 5}}, "batch_norm.batches: unknown key", "allowed: reestimate"),
     ({f"{W}.quantizer": "pact"}, f'{W}.quantizer: "pact" is not allowed', "allowed: absmax"),
     ({f"{I}.quantizer": "quest"}, f'{I}.quantizer: "quest" is not allowed', "allowed: absmax"),

@@ -236,6 +236,7 @@ def test_records_of_earlier_versions_stay_the_same() -> None:
         {"name": "n", "rules": data["rules"], "phases": {"qat": {"dampen": 0.5, "freeze_batch_norm": True}}}
     )
     assert to_dict(used)["phases"]["qat"]["dampen"] == 0.5 and to_dict(used)["phases"]["qat"]["freeze_batch_norm"]
+    assert set(data["batch_norm"]) == {"reestimate"}
     slot = data["rules"]["linears"]["weight"]
     assert set(slot) == {
         "bits", "granularity", "group_size", "zero_point", "narrow", "scale", "quantizer", "grid", "signed",

@@ -109,6 +109,8 @@ class Onnx(Format):
         bundle = stream.bundle
         model, floats = graph.traced(bundle, self.opset(bundle), self.multiplied(bundle))
         build = Builder(model)
+        for layer, norm in bundle.norms.items():
+            build.without_norm(layer, norm)
         weights: dict[str, str] = {}
         for entry, value in stream:
             if isinstance(value, QTensor):
@@ -201,6 +203,33 @@ class Builder:
             if given.is_initializer() and not given.uses():
                 self.model.graph.initializers.pop(given.name)
         return str(value.name)
+
+    def without_norm(self, layer: str, norm: str) -> None:
+        """Take out the mark of a norm that is in its layer's weight. Raises ExportError if it is not the one reader of
+        what the layer gives."""
+        marks = self.marks(graph.FOLDED, layer)
+        for mark in marks:
+            given = mark.inputs[0]
+            weight = self._behind(given.producer(), graph.WEIGHT) or self._behind(given.producer(), graph.LINEAR)
+            if len(given.uses()) > 1 or given.is_graph_output() or weight != f"{layer}.weight":
+                raise ExportError(
+                    f"{norm} is folded into {layer}, but it is not the one reader of what {layer} gives; leave the "
+                    "pair out of batch_norm.pairs, or set batch_norm.fold: false"
+                )
+            self.replace([mark], given)
+        if not marks:
+            raise ExportError(f"{norm} is folded into {layer}, but the graph of this model does not call it")
+
+    def _behind(self, node: Any, kind: str) -> str:
+        """The name in the mark that a layer's output comes from, through its bias and a transposed weight."""
+        while node is not None:
+            if node.domain == graph.DOMAIN:
+                return str(node.attributes["name"].as_string()) if node.op_type == kind else ""
+            index = 1 if node.op_type in ("Conv", "Gemm", "MatMul") and kind == graph.WEIGHT else 0
+            if node.op_type not in ("Conv", "Gemm", "MatMul", "Add", "Transpose"):
+                return ""
+            node = node.inputs[index].producer()
+        return ""
 
     def dequantized(self, name: str, weight: QTensor, kind: str, packed: dict[str, Tensor], marks: list[Any]) -> str:
         """A DequantizeLinear, and for groups in a convolution a Reshape, whose result is called as the parameter."""

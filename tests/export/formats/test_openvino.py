@@ -120,6 +120,33 @@ def test_a_tied_language_model(make_model: Any, quantize: Any, tokenizer: Any, t
     assert (tmp_path / "out" / "config.json").is_file() and (tmp_path / "out" / "tokenizer.json").is_file()
 
 
+# Turned red by a norm that stays in the graph, by a bias that stays the layer's own.
+@pytest.mark.consumer
+def test_norms_that_are_folded_are_in_no_file(tmp_path: Path, ran: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    model.append(nn.BatchNorm2d(8))
+    x = torch.randn(16, 3, 9, 9)
+    with torch.no_grad():
+        model.train()(x * 2 + 1)
+        model[1].weight.uniform_(-2, 2)
+    # of 8 bits, sums saturate on a CPU without VNNI
+    rules = {"convs": {"types": ["Conv2d"], "weight": {"bits": 7, **BY_ROW}, "input": {**STATIC, "zero_point": "int"}}}
+    phases = {"qat": {"freeze_batch_norm": True}}
+    recipe = {"name": "n", "rules": rules, "phases": phases, "batch_norm": {"fold": True}}
+    qat.prepare(model, from_dict(recipe), real=False)
+    model(x)
+    qat.after_optimizer_step(model)
+    receipt = export(model.eval(), tmp_path / "out", "openvino", example_inputs=x[:2])
+    assert {row.name for row in receipt.tensors if row.spec is None and "input" not in row.name} == {"0.bias", "3.bias"}
+    with torch.no_grad():
+        ours = model(x)
+    (theirs,) = run(tmp_path / "out", {"input": x}).values()
+    assert_close(ours, theirs)
+    ran("openvino", "openvino", "two convolutions of 7 bits, batch norms folded", logits=(ours - theirs).abs().max())
+    assert len(verify(tmp_path / "out")) == 8
+
+
 def small() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()

@@ -1,0 +1,413 @@
+"""Batch norms inside the rounding: codes(w * gamma / sqrt(variance + eps)).
+
+Mutations tried, one at a time, each turns a test red: the bias without the mean; the factor without eps; dgamma without
+the root; the rounded weight not undone before the freeze; the variance not followed after a step; check() left out; the
+reader's op not noted; the norm not found anew; the variance registered as persistent.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import qat
+from qat.batch_norm import is_held, reestimate_batch_norm
+from qat.export import get_format
+from qat.norm_fold import FoldedBatchNorm, folds_of
+from qat.quantizers import quantizers
+from qat.recipes import Recipe, from_dict
+from qat.steps import qat_layers
+
+LATE = {"learn": {"steps": 2}, "settle": {"freeze_batch_norm": True}}
+X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 2 + 1
+KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 4, bias=False), lambda: nn.BatchNorm1d(4), (8, 6)),
+    "conv1d": (lambda: nn.Conv1d(6, 4, 3), lambda: nn.BatchNorm1d(4), (8, 6, 5)),
+    "conv2d": (lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), lambda: nn.BatchNorm2d(4), (8, 6, 5, 5)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, bias=False), lambda: nn.BatchNorm2d(4), (8, 4, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, 2), lambda: nn.BatchNorm3d(4, eps=1e-2), (8, 2, 4, 4, 4)),
+}
+
+
+def seasoned(model: nn.Module) -> nn.Module:
+    """Norms as training leaves them."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                for tensor, low, high in (
+                    (norm.weight, -2.0, 2.0),
+                    (norm.bias, -1.0, 1.0),
+                    (norm.running_mean, -1.0, 1.0),
+                    (norm.running_var, 0.2, 3.0),
+                ):
+                    tensor.copy_(torch.rand(len(tensor), generator=generator) * (high - low) + low)  # type: ignore[union-attr, arg-type]
+    return model
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    last = nn.Conv2d(4, 5, 1)
+    return seasoned(
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), last, nn.BatchNorm2d(5), nn.ReLU()
+        )
+    )
+
+
+def recipe(pairs: Any = None, phases: Any = None, types: Any = ("Conv2d", "Linear"), **weight: Any) -> Recipe:
+    slot = {"bits": 8, "granularity": "channel", "quantizer": "lsq", **weight}
+    return from_dict(
+        {
+            "name": "n",
+            "rules": {"layers": {"types": list(types), "weight": slot}},
+            "phases": phases or {"qat": {"freeze_batch_norm": True}},
+            "batch_norm": {"fold": True, "pairs": pairs or {}},
+        }
+    )
+
+
+def train(model: nn.Module, steps: int = 3, x: Tensor = X) -> list[float]:
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learning, 0.05)
+    losses = []
+    for _ in range(steps):
+        loss = model(x).square().mean()
+        loss.backward()
+        # DDP would wait for the others
+        assert all(p.grad is not None for p in learning)
+        optimizer.step()
+        optimizer.zero_grad()
+        qat.after_optimizer_step(model, optimizer)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def deployed(model: nn.Module) -> nn.Module:
+    """What a consumer has: no norms, the weights and biases of the bundle."""
+    bundle = qat.convert(model)
+    plain, layers = bundle.plain()
+    for name in bundle:
+        layers[name.rpartition(".")[0]].weight = nn.Parameter(bundle[name].dequantize())
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in plain.modules())
+    return plain
+
+
+# ---- the law -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, cls in quantizers().items() if cls.for_weights])
+@pytest.mark.parametrize("phases", [None, LATE], ids=["from the start", "late"])
+def test_what_is_trained_is_what_is_exported(name: str, phases: Any) -> None:
+    zero = "none" if "none" in quantizers()[name].zero_points else "int"
+    grid = {"grid": "ternary", "bits": 2} if name == "absmean" else {"bits": 4}
+    model = net().train()
+    qat.prepare(model, recipe(phases=phases, quantizer=name, zero_point=zero, **grid))
+    train(model)
+    y = model.eval()(X)
+    assert torch.equal(deployed(model)(X), y)
+    # in training too: the statistics stay
+    assert torch.equal(model.train()(X), y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_computes_as_its_norm_did(kind: str) -> None:
+    make, norm, shape = KINDS[kind]
+    torch.manual_seed(0)
+    model = seasoned(nn.Sequential(make(), norm())).eval()
+    x = torch.randn(shape)
+    expected = model(x)
+    for phases in (None, LATE):
+        other = copy.deepcopy(model)
+        qat.prepare(other, recipe(phases=phases, types=(), scale="fp32"))
+        assert torch.allclose(other(x), expected, atol=0.02 * float(expected.detach().abs().max()))
+        qat.rehearse(other, x)
+    qat.apply_schedule(other, 2)
+    assert torch.equal(deployed(other)(x), other(x))
+
+
+def reference(model: Any, x: Tensor, held: bool, quantizer: Any) -> Tensor:
+    """One layer and its norm in plain operations, straight-through."""
+    conv, norm = model
+    gamma = norm.weight if held else norm.weight.detach()
+    factor = (gamma / torch.sqrt(norm.running_var + norm.eps)).reshape(-1, 1, 1, 1)
+    folded = conv.weight * factor
+    hat = folded + (quantizer(folded.detach()) - folded).detach()
+    if not held:
+        return F.batch_norm(F.conv2d(x, hat / factor, conv.bias), None, None, norm.weight, norm.bias, True)
+    bias = norm.bias + (conv.bias - norm.running_mean) * factor.flatten()
+    return F.conv2d(x, hat, bias)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_gradients_are_those_of_plain_operations(held: bool) -> None:
+    torch.manual_seed(0)
+    model = seasoned(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).train()
+    plain = copy.deepcopy(model)
+    qat.prepare(model, recipe(phases=None if held else LATE, bits=4, quantizer="absmax"))
+    a, b = X.clone().requires_grad_(), X.clone().requires_grad_()
+    y, wanted = model(a), reference(plain, b, held, model[0].weight_quantizer)
+    assert torch.allclose(y, wanted, rtol=1e-4, atol=1e-5)
+    weights = torch.randn(y.shape)
+    (y * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
+    for (name, p), other in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(p.grad, other.grad, rtol=1e-3, atol=1e-3), name  # type: ignore[arg-type]
+
+
+# ---- time ----------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_move_until_they_are_frozen() -> None:
+    model = net().train()
+    qat.prepare(model, recipe(phases=LATE))
+    norm, fold = model[1], folds_of(model)[0]
+    variance = lambda: model[0].folded_variance  # noqa: E731
+    seen = [norm.running_var.clone()]
+    for step in range(4):
+        assert is_held(norm) == (step >= 2)
+        before = variance().clone()
+        model(X)
+        # not with each batch, but with each step
+        assert torch.equal(variance(), before)
+        train(model, 1)
+        assert torch.equal(variance(), norm.running_var) and fold.held == (step >= 1)
+        seen.append(norm.running_var.clone())
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    assert torch.equal(seen[2], seen[3]) and torch.equal(seen[2], seen[4])
+
+
+def test_statistics_found_anew_are_those_of_the_weights() -> None:
+    model = net().train()
+    qat.prepare(model, recipe(phases=LATE))
+    model(X)
+    reestimate_batch_norm(model, [X])
+    assert torch.equal(model[0].folded_variance, model[1].running_var)  # type: ignore[union-attr]
+    first = model.eval()(X)
+    assert torch.equal(model(X), first)
+
+
+def test_a_float_phase_is_the_unprepared_model() -> None:
+    phases = {"wait": {"steps": 1}, "qat": {"freeze_batch_norm": True}}
+    for word in (False, True):
+        phases["wait"] = {"steps": 1, "quantize": False, "freeze_batch_norm": word}  # type: ignore[dict-item]
+        model, plain = net().train(), net().train(not word)
+        qat.prepare(model, recipe(phases=phases))
+        assert torch.equal(model(X), plain(X))
+    train(model)
+    assert torch.equal(deployed(model)(X), model.eval()(X))
+
+
+def test_gammas_that_are_all_zero_are_refused_where_they_could_not_learn() -> None:
+    model = net().train()
+    nn.init.zeros_(model[1].weight)  # type: ignore[arg-type]
+    late = copy.deepcopy(model)
+    qat.prepare(late, recipe(phases=LATE))
+    with pytest.raises(qat.QATError, match=r"every gamma of 1 is 0 \(zero_init_residual\?\), .* freeze_batch_norm"):
+        train(late, 1)
+    qat.prepare(model, recipe())
+    train(model)
+    assert bool(model[1].weight.any())  # type: ignore[union-attr, operator]
+    some = net().train()
+    with torch.no_grad():
+        some[1].weight[0] = 0.0  # type: ignore[index]
+    qat.prepare(some, recipe(phases=LATE))
+    assert all(map(torch.isfinite, map(torch.tensor, train(some))))
+
+
+# ---- as before -----------------------------------------------------------------------------------------------------
+
+
+def test_keys_stay_and_everything_is_taken_back() -> None:
+    model = net()
+    keys, types = list(model.state_dict()), [type(m) for m in model.modules()]
+    qat.prepare(model, recipe())
+    assert [key for key in model.state_dict() if "quantizer" not in key and "qat_state" not in key] == keys
+    qat.unprepare(model)
+    assert list(model.state_dict()) == keys and [type(m) for m in model.modules()] == types
+    assert not any("_qat_fold" in m.__dict__ or "folded_variance" in m._buffers for m in model.modules())
+
+
+def test_copies_and_checkpoints_compute_the_same(tmp_path: Any) -> None:
+    model = net().train()
+    qat.prepare(model, recipe(phases=LATE))
+    train(model, 4)
+    expected = model.eval()(X)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(X), expected)
+        fold = folds_of(other)[0]
+        assert fold.norm is other[1] and fold.layer is other[0] and fold is not folds_of(model)[0]
+        train(other.train(), 1)
+    assert torch.equal(model(X), expected)
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    found = qat.load_from_checkpoint(tmp_path / "x.pt", nn.Sequential(*net())).eval()
+    assert torch.equal(found(X), expected) and torch.equal(deployed(found)(X), expected)
+    resumed = net()
+    qat.prepare(resumed, recipe(phases=LATE))
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(resumed.eval()(X), expected)
+    other = net()
+    qat.prepare(other, from_dict({**qat.recipes.to_dict(recipe(phases=LATE)), "batch_norm": {}}))
+    with pytest.raises(qat.QATError, match="other rules or phases"):
+        other.load_state_dict(model.state_dict())
+
+
+def test_a_norm_that_another_library_put_there_is_found() -> None:
+    model = net().train()
+    qat.prepare(model, recipe(phases=LATE))
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(synced[1]) is nn.SyncBatchNorm
+    qat.apply_schedule(synced, 2)
+    assert isinstance(synced[1], FoldedBatchNorm) and folds_of(synced)[0].norm is synced[1]
+    assert torch.equal(deployed(synced)(X), synced.eval()(X))
+
+
+def test_compiled_layers_give_the_same_numbers() -> None:
+    torch._dynamo.reset()
+    model = net().train()
+    qat.prepare(model, recipe(phases=LATE, bits=4))
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for _ in range(4):
+        losses = []
+        for one, call in ((model, model), (other, compiled)):
+            optimizer = torch.optim.SGD(one.parameters(), 0.05)
+            loss = call(X).square().mean()
+            loss.backward()
+            optimizer.step()
+            qat.after_optimizer_step(one, optimizer)
+            losses.append(float(loss.detach()))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    a, b = qat.convert(model), qat.convert(other)
+    assert all(torch.equal(a[name].dequantize(), b[name].dequantize()) for name in a)
+    assert torch.equal(deployed(other)(X), compiled(X))
+    fold, w = folds_of(model)[0], torch.randn(4, 3, 3, 3)
+    made = torch.compile(lambda: (fold.weight(w, *fold.factors), fold.folded_bias()), fullgraph=True)
+    with torch.no_grad():
+        weight, bias = made()
+        assert torch.equal(weight, fold.weight(w, *fold.factors)) and torch.equal(bias, fold.folded_bias())
+    torch._dynamo.reset()
+
+
+# ---- refused -------------------------------------------------------------------------------------------------------
+
+
+class Apart(nn.Module):
+    """Lists a norm after a convolution; `mode` says what its forward does."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.mode = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        if self.mode == "other":
+            return self.norm(y * 2)  # type: ignore[no-any-return]
+        if self.mode == "in place":
+            return self.norm(y.mul_(2))  # type: ignore[no-any-return]
+        if self.mode == "skip":
+            return self.norm(y) + y  # type: ignore[no-any-return]
+        if self.mode == "early":
+            return y.mean() + self.norm(y)  # type: ignore[no-any-return]
+        if self.mode == "none":
+            return y
+        return self.norm(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("phases", [None, LATE], ids=["from the start", "late"])
+@pytest.mark.parametrize("mode", ["fine", "other", "in place", "skip", "early", "none"])
+def test_a_pair_that_is_none_is_refused(mode: str, phases: Any) -> None:
+    model = seasoned(Apart(mode)).train()
+    qat.prepare(model, recipe(phases=phases))
+    if mode == "fine":
+        qat.rehearse(model, X)
+        return
+    with pytest.raises(qat.QATError, match=r"norm is folded into conv, but .* batch_norm\.fold: false"):
+        qat.rehearse(model, X)
+    if mode in ("other", "in place"):
+        # in every call
+        with pytest.raises(qat.QATError, match="gets something else than conv gave"):
+            model(X)
+
+
+def test_features_on_the_last_dimension_are_no_channels() -> None:
+    model = seasoned(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))
+    qat.prepare(model, recipe())
+    with pytest.raises(qat.QATError, match="1 gets 3 dimensions, of which the second is no channel of 0"):
+        model(torch.randn(8, 4, 6))
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleDict({"a": nn.BatchNorm2d(4), "b": nn.BatchNorm2d(4, affine=False)})
+        self.convs = nn.ModuleDict({"a": nn.Conv2d(3, 4, 1), "b": nn.Conv2d(4, 4, 1)})
+        self.up, self.after = nn.ConvTranspose2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.free = nn.BatchNorm2d(4, track_running_stats=False)
+        self.layer = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convs["b"](self.norms["a"](self.convs["a"](x)))  # type: ignore[no-any-return]
+
+
+def test_pairs_have_names() -> None:
+    model = Named()
+    plan = qat.prepare(model, recipe({"convs.a": "norms.a"}))
+    assert {row.name: row.norm for row in plan.rows} == {"convs.a": "norms.a", "convs.b": ""}
+    assert "with norms.a" in plan.render()
+    inside = nn.ModuleDict({"model": net()})
+    found = qat.plan(inside, recipe())
+    assert {row.norm for row in found.rows} == {"model.1", "model.4"}
+
+
+@pytest.mark.parametrize(
+    "pairs, types, why",
+    [
+        ({"convs.*": "norms.*"}, (), "norms.b has no weight and bias to fold"),
+        ({"convs.a": "free"}, (), "free keeps no statistics to fold"),
+        ({"convs.a": "layer"}, (), "layer is a LayerNorm and no batch norm"),
+        ({"convs.a": "norms.c"}, (), "'norms.c', after convs.a, names nothing in this model"),
+        ({"conv": "norms.a"}, (), "'conv' names no layer whose weight is quantized"),
+        ({"convs.*": "norms.a"}, (), "norms.a is after convs.a and convs.b"),
+        ({"up": "after"}, ("ConvTranspose2d",), "layer with type ConvTranspose2d; allowed: Linear, Conv1d"),
+        ({}, ("Conv2d",), "finds no quantized layer with a batch norm right after it"),
+    ],
+)
+def test_pairs_that_cannot_be_folded_are_refused(pairs: Any, types: Any, why: str) -> None:
+    with pytest.raises(qat.QATError) as problem:
+        qat.plan(Named(), recipe(pairs, types=types))
+    assert why in str(problem.value)
+
+
+def test_a_shared_weight_has_no_norm_of_its_own() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model[2].weight = model[0].weight
+    with pytest.raises(qat.QATError, match="its weight is that of 2 too, which 1 does not follow"):
+        qat.plan(model, recipe())
+
+
+def test_a_format_of_tensors_has_no_place_for_a_bias_that_was_a_norm() -> None:
+    model = seasoned(nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32)))
+    plan = qat.prepare(model, recipe(types=["Linear"]))
+    assert "use onnx or openvino, or fold: false" in get_format("compressed-tensors").check(plan)[0]
+    assert get_format("onnx").check(plan) == []
+
+
+def test_layers_without_a_norm_are_as_they_were() -> None:
+    model = nn.Sequential(*net(), nn.Conv2d(5, 2, 1)).train()
+    qat.prepare(model, recipe())
+    assert [bool(layer._qat.reparams) for layer in qat_layers(model).values()] == [True, True, False]
+    train(model)
+    assert torch.equal(deployed(model)(X), model.eval()(X))
