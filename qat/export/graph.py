@@ -91,7 +91,8 @@ def _from_config(module: Any, sizes: Sizes) -> dict[str, Tensor] | None:
     if main != "input_ids":
         return None
     words = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
-    ids = torch.arange(sizes[0] * sizes[1]).reshape(sizes) % words
+    batch, tokens = sizes[0], min(sizes[1], getattr(config, "max_position_embeddings", sizes[1]))
+    ids = torch.arange(batch * tokens).reshape(batch, tokens) % words
     found = {main: ids}
     if "attention_mask" in names:
         found["attention_mask"] = torch.ones_like(ids)

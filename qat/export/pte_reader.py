@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ from qat.export.process import silent, undisturbed
 TOLD = "qat_tensors"
 METHOD = "forward"
 _SECONDS = 60
+_INFINITE = re.compile(rb":\s*(-?(?:inf|nan))\b")
 _TYPES = {
     "xnn_datatype_fp32": torch.float32,
     "xnn_datatype_fp16": torch.float16,
@@ -193,7 +195,9 @@ def _graph(payload: bytes) -> dict[str, Any]:
         words = ["--json", "--defaults-json", "--strict-json", "-o", folder, str(schema), "--", str(place)]
         # its words about a damaged graph are for the exception, not for the terminal
         subprocess.run([_get_flatc_path(), *words], check=True, capture_output=True, timeout=_SECONDS)
-        return json.loads(Path(folder, "graph.json").read_bytes())  # type: ignore[no-any-return]
+        # bounds of an activation may be infinite, for which JSON has no word
+        text = _INFINITE.sub(rb': "\1"', Path(folder, "graph.json").read_bytes())
+        return json.loads(text)  # type: ignore[no-any-return]
 
 
 def _filters(graph: dict[str, Any], data: list[bytes]) -> dict[str, Lazy]:

@@ -158,6 +158,8 @@ def _weight_reasons(spec: QuantSpec, columns: int) -> list[str]:
     if spec.kind != "int" or spec.bits not in (4, 8):
         return [f"weight grid {spec}: XNNPACK multiplies integers of 4 and of 8 bits; {nearest}"]
     found, size = [], spec.group_size
+    if spec.bits == 4 and columns % 2:
+        found.append(f"rows of {columns} numbers: XNNPACK computes wrong numbers with an odd count of 4-bit codes; {KEEP}")
     if not spec.signed or spec.zero_point != "none":
         found.append(f"weight grid {spec}: XNNPACK's weights are signed, without zero points; use zero_point: none")
     if spec.signed_scale:
@@ -234,12 +236,16 @@ def _multiplied(rows: Rows) -> Any:
 
 def _lowered(program: Any, told: str, path: Path) -> None:
     """The file of a program. Raises ExportError if a layer of integers is left that XNNPACK does not compute."""
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
     methods = {pte_reader.TOLD: told}
+    # a batch norm that is XNNPACK's is folded into its convolution, whose weight would then be another
+    kinds = [kind for kind in ALL_PARTITIONER_CONFIGS if kind.__name__ != "BatchNormConfig"]
     try:
-        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=methods)
+        xnnpack = XnnpackPartitioner(configs=kinds)
+        edge = to_edge_transform_and_lower(program, partitioner=[xnnpack], constant_methods=methods)
         made = edge.to_executorch()
     except Exception as problem:
         raise ExportError(f"ExecuTorch cannot lower the graph of this model ({pte_reader.said(problem)})") from None
