@@ -6,8 +6,9 @@ import contextlib
 import logging
 import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -37,3 +38,17 @@ def undisturbed() -> Iterator[None]:
         os.environ.update(environment)
         root.setLevel(level)
         root.handlers[:] = handlers
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[Callable[[], str]]:
+    """What native code writes to standard error stays inside, where the function that is given reads it."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.dup2(file.fileno(), 2)
+            yield lambda: os.pread(file.fileno(), 1 << 20, 0).decode(errors="replace")
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)

@@ -1,8 +1,8 @@
 """What is in an ExecuTorch file, tensor by tensor, by ExecuTorch's own serialization code.
 
-The program is deserialized by `executorch.exir`. Of XNNPACK's payloads the package holds the header's parser, the schema
-and flatc, but no deserializer in Python: flatc turns a payload into JSON by that schema. Their constants are named data
-of the file. Nothing is loaded into the runtime, which trusts its files.
+The program is deserialized by `executorch.exir`. Of XNNPACK's payloads the package holds the parser of their header,
+their schema and flatc, but no deserializer in Python: flatc turns a payload into JSON by that schema. Their constants
+are named data of the file. Nothing is loaded into the runtime, which trusts its files.
 
 A weight is the filter of a fully connected node, a float tensor any constant; which of them is which is said by their
 sha256 in a method of the program, `qat_tensors`.
@@ -25,6 +25,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib import resources
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ Lazy = Callable[[], Tensor]
 
 
 def installed() -> bool:
-    """Whether ExecuTorch is there."""
-    return find_spec("executorch") is not None
+    """Whether ExecuTorch is there; a folder of its name that Python would import is not."""
+    return any(distributions(name="executorch")) and find_spec("executorch") is not None
 
 
 def digest(*tensors: Tensor) -> str:
@@ -104,9 +105,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy], dict[str, Lazy]]:
                 filters |= _filters(graph, data)
                 constants |= dict(_of_delegate(graph, data))
     except Exception as problem:
-        raise ExportError(
-            f"{path} is not an ExecuTorch file of qat's that can be read ({said(problem)})"
-        ) from None
+        raise ExportError(f"{path} is not an ExecuTorch file of qat's that can be read ({said(problem)})") from None
     return told, filters, constants
 
 
@@ -187,9 +186,10 @@ def _graph(payload: bytes) -> dict[str, Any]:
     end = header.flatbuffer_offset + header.flatbuffer_size
     if end > len(payload):
         raise ValueError(f"a payload of {len(payload)} bytes whose graph ends at {end}")
-    with tempfile.TemporaryDirectory(prefix="qat-xnnpack-") as folder, resources.as_file(
-        resources.files(serialization).joinpath("schema.fbs")
-    ) as schema:
+    with (
+        tempfile.TemporaryDirectory(prefix="qat-xnnpack-") as folder,
+        resources.as_file(resources.files(serialization).joinpath("schema.fbs")) as schema,
+    ):
         place = Path(folder, "graph.bin")
         place.write_bytes(payload[header.flatbuffer_offset : end])
         words = ["--json", "--defaults-json", "--strict-json", "-o", folder, str(schema), "--", str(place)]
@@ -205,23 +205,19 @@ def _filters(graph: dict[str, Any], data: list[bytes]) -> dict[str, Lazy]:
 
     Raises ValueError for one whose inputs it does not round: what it computes then is wrong.
     """
-    values = {value["tensor_value"]["id_out"]: value for _, value in _quantized(graph)}
+    unions = [v["xvalue_union"] for v in graph["xvalues"] if v["xvalue_union_type"] == "XNNQuantizedTensorValue"]
+    values = {value["tensor_value"]["id_out"]: value for value in unions}
     found: dict[str, Lazy] = {}
     for node in graph["xnodes"]:
         union = node["xnode_union"]
-        if node["xnode_union_type"] != "XNNFullyConnected" or union["filter_id"] not in values:
-            continue
-        rounded = values.get(union["input1_id"], {})
-        if rounded.get("quant_params_type") != "PerTokenDynamicQuant" or rounded["quant_params"]["num_nonbatch_dims"] != 1:
-            raise ValueError("a layer of integers whose inputs are not rounded token by token")
-        found |= dict([_filter(values[union["filter_id"]], data)])
+        if node["xnode_union_type"] == "XNNFullyConnected" and union["filter_id"] in values:
+            rounded = values.get(union["input1_id"], {})
+            by_token = rounded.get("quant_params_type") == "PerTokenDynamicQuant"
+            if not by_token or rounded["quant_params"]["num_nonbatch_dims"] != 1:
+                raise ValueError("a layer of integers whose inputs are not rounded token by token")
+            key, weight = _filter(values[union["filter_id"]], data)
+            found[key] = weight
     return found
-
-
-def _quantized(graph: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, value in enumerate(graph["xvalues"]):
-        if value["xvalue_union_type"] == "XNNQuantizedTensorValue":
-            yield number, value["xvalue_union"]
 
 
 def _filter(value: dict[str, Any], data: list[bytes]) -> tuple[str, Lazy]:

@@ -8,11 +8,11 @@ The graph is the user's own forward, traced in float32 by torch.export; a layer 
 
     choose_qparams, quantize and dequantize per token -> linear(dequantize(codes, scale), bias)
 
-in the words of `torch.ops.quantized_decomposed`, which is what XNNPACK's partitioner knows. How it all lies in the file:
+in the words of `torch.ops.quantized_decomposed`, which XNNPACK's partitioner knows. How it lies in the file says
 `qat.export.pte_reader`.
 
-Weights alone are refused. XNNPACK takes such a graph, and multiplies floats as if they were integers: outputs are off
-by factors of 100 to 1,000,000, without a word.
+Weights alone are refused: XNNPACK multiplies integers with integers. It takes torchao's tensors of weights alone, and
+what it computes then is wrong, without an error: 102 off where outputs are 1.4 at most (4 bits), 1530 off (8 bits).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from torch import Tensor
 from qat.adapters import Adapters
 from qat.convert import Bundle
 from qat.errors import ExportError
-from qat.export import graph, pte_reader
+from qat.export import graph, onnx_reader, pte_reader
 from qat.export.format import Format, TensorStream
 from qat.export.hf_folder import load_tokenizer
-from qat.export.process import silent, undisturbed
+from qat.export.process import heard, silent, undisturbed
 from qat.layout import Layout
 from qat.plan import PlanRow
 from qat.qtensor import QTensor
@@ -78,10 +78,13 @@ class ExecuTorch(Format):
             return [f"executorch holds no quantized {row.type}; {KEEP}"]
         found = [] if row.weight is None else _weight_reasons(row.weight, row.columns)
         if row.weight is None:
-            found.append(f"an input is rounded and the weight is not: XNNPACK multiplies integers with integers; {KEEP}")
+            found.append(
+                f"an input is rounded and the weight is not: XNNPACK multiplies integers with integers; {KEEP}"
+            )
         if row.input is None:
             found.append(
-                f"input=null: of a weight alone XNNPACK computes wrong numbers without an error; use input: {_INPUT}"
+                "input=null: XNNPACK multiplies integers with integers, of weights alone it computes wrong numbers; "
+                f"use input: {_INPUT}"
             )
         elif not _by_token(row.input):
             found.append(f"input grid {row.input}: XNNPACK rounds inputs to 8 bits, a range per token; use {_INPUT}")
@@ -159,7 +162,9 @@ def _weight_reasons(spec: QuantSpec, columns: int) -> list[str]:
         return [f"weight grid {spec}: XNNPACK multiplies integers of 4 and of 8 bits; {nearest}"]
     found, size = [], spec.group_size
     if spec.bits == 4 and columns % 2:
-        found.append(f"rows of {columns} numbers: XNNPACK computes wrong numbers with an odd count of 4-bit codes; {KEEP}")
+        found.append(
+            f"rows of {columns} numbers: XNNPACK computes wrong numbers with an odd count of 4-bit codes; {KEEP}"
+        )
     if not spec.signed or spec.zero_point != "none":
         found.append(f"weight grid {spec}: XNNPACK's weights are signed, without zero points; use zero_point: none")
     if spec.signed_scale:
@@ -248,7 +253,7 @@ def _lowered(program: Any, told: str, path: Path) -> None:
         edge = to_edge_transform_and_lower(program, partitioner=[xnnpack], constant_methods=methods)
         made = edge.to_executorch()
     except Exception as problem:
-        raise ExportError(f"ExecuTorch cannot lower the graph of this model ({pte_reader.said(problem)})") from None
+        raise ExportError(f"ExecuTorch cannot lower the graph of this model ({onnx_reader.said(problem)})") from None
     plan = next(plan for plan in made.executorch_program.execution_plan if plan.name == pte_reader.METHOD)
     left = sorted({op.name for op in plan.operators if op.name.startswith("quantized_decomposed")})
     if left:
@@ -259,10 +264,11 @@ def _lowered(program: Any, told: str, path: Path) -> None:
 
 def _check(path: Path) -> None:
     """Raises ExportError unless ExecuTorch's runtime takes the file."""
-    with undisturbed(), silent():
+    with undisturbed(), silent(), heard() as words:
         from executorch.runtime import Runtime
 
         try:
             Runtime.get().load_program(path).load_method(pte_reader.METHOD)
         except Exception as problem:
-            raise ExportError(f"{path.name}: the runtime does not load it ({pte_reader.said(problem)})") from None
+            why = " ".join([onnx_reader.said(problem), *words().splitlines()[-1:]])
+            raise ExportError(f"{path.name}: ExecuTorch's runtime does not load it ({why})") from None
