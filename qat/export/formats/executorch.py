@@ -78,9 +78,7 @@ class ExecuTorch(Format):
             return [f"executorch holds no quantized {row.type}; {KEEP}"]
         found = [] if row.weight is None else _weight_reasons(row.weight, row.columns)
         if row.weight is None:
-            found.append(
-                f"an input is rounded and the weight is not: XNNPACK multiplies integers with integers; {KEEP}"
-            )
+            found.append(f"weight=null with a rounded input: XNNPACK multiplies integers with integers; {KEEP}")
         if row.input is None:
             found.append(
                 "input=null: XNNPACK multiplies integers with integers, of weights alone it computes wrong numbers; "
