@@ -29,6 +29,7 @@ _TRAINERS = ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "ligh
 _EXTRAS = {
     "compressed_tensors": "compressed-tensors",
     "datasets": "hf",
+    "executorch": "executorch",
     "gguf": "gguf",
     "gptqmodel": "gptq",
     "jinja2": "report",

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from types import MethodType
 from typing import Any
@@ -28,21 +26,28 @@ from torch.utils import _pytree as pytree
 from qat.adapters import Adapters
 from qat.convert import Bundle
 from qat.errors import ExportError
+from qat.export.process import silent
 
 DOMAIN = "qat"
 WEIGHT, INPUT, LINEAR, FOLDED = "Weight", "Input", "Linear", "Folded"
 _GIVE = "give qat.export(..., example_inputs=a batch of the model's own inputs)"
-# a batch of two, and not of one: torch.export takes sizes of one for constants
-_BATCH, _TOKENS = 2, 8
+Sizes = tuple[int, int]
+# batch and tokens: a batch of two, and not of one, because torch.export takes sizes of one for constants
+_SIZES: Sizes = (2, 8)
 
 
 def graph_reasons(bundle: Bundle) -> list[str]:
-    """Why no graph can be made of this model; empty means it can be tried (tracing itself may still fail)."""
+    """Why no ONNX graph can be made of this model; empty means it can be tried (tracing itself may still fail)."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         return [f"{' and '.join(missing)} not installed; pip install 'lightning-qat[onnx]'"]
     if find_spec("torch.onnx.ops") is None:
         return [f"torch {torch.__version__} cannot mark nodes of a graph; update it to 2.8 or later"]
+    return trace_reasons(bundle)
+
+
+def trace_reasons(bundle: Bundle) -> list[str]:
+    """Why torch.export cannot be tried on this model."""
     found = []
     live = bundle.parameters
     if any(hasattr(value, "placements") for value in live.values()):
@@ -58,14 +63,14 @@ def graph_reasons(bundle: Bundle) -> list[str]:
 # ---- example inputs --------------------------------------------------------------------------------------------------
 
 
-def example_of(bundle: Bundle) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def example_of(bundle: Bundle, sizes: Sizes = _SIZES) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """(args, kwargs) to call the deployed module with: the bundle's, else the module's `example_input_array` (a word of
-    Lightning's), else made from a transformers config. None: nothing says."""
+    Lightning's), else made from a transformers config, of `sizes`. None: nothing says."""
     given = bundle.example_inputs
     if given is None:
         given = getattr(bundle.module, "example_input_array", None)
     if given is None and bundle.config is not None:
-        given = _from_config(bundle.module)
+        given = _from_config(bundle.module, sizes)
     if given is None:
         return None
     if isinstance(given, Mapping):
@@ -73,7 +78,7 @@ def example_of(bundle: Bundle) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     return (tuple(given) if isinstance(given, tuple | list) else (given,)), {}
 
 
-def _from_config(module: Any) -> dict[str, Tensor] | None:
+def _from_config(module: Any, sizes: Sizes) -> dict[str, Tensor] | None:
     """Inputs of a transformers model by the kind of its main one; None for another kind than text or images."""
     names = inspect.signature(module.forward).parameters
     config = module.config
@@ -83,11 +88,12 @@ def _from_config(module: Any) -> dict[str, Tensor] | None:
         if size is None:
             return None
         height, width = size if isinstance(size, tuple | list) else (size, size)
-        return {main: torch.rand(_BATCH, getattr(config, "num_channels", 3), height, width)}
+        return {main: torch.rand(sizes[0], getattr(config, "num_channels", 3), height, width)}
     if main != "input_ids":
         return None
     words = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
-    ids = torch.arange(_BATCH * _TOKENS).reshape(_BATCH, _TOKENS) % words
+    batch, tokens = sizes[0], min(sizes[1], getattr(config, "max_position_embeddings", sizes[1]))
+    ids = torch.arange(batch * tokens).reshape(batch, tokens) % words
     found = {main: ids}
     if "attention_mask" in names:
         found["attention_mask"] = torch.ones_like(ids)
@@ -96,7 +102,11 @@ def _from_config(module: Any) -> dict[str, Tensor] | None:
     return found
 
 
-def _free_dims(value: Any) -> Any:
+# a leaf of the inputs -> its free dimensions, as torch.export wants them
+Free = Callable[[Any], Any]
+
+
+def free_dims(value: Any) -> Any:
     """Dimensions that may differ between calls: the batch, and the length of token ids and masks."""
     if not isinstance(value, Tensor):
         return None
@@ -182,6 +192,44 @@ def _multiplied(name: str) -> Any:
 # ---- tracing ---------------------------------------------------------------------------------------------------------
 
 
+def call_of(
+    bundle: Bundle, module: nn.Module, free: Free = free_dims, sizes: Sizes = _SIZES
+) -> tuple[tuple[Any, Any], Any]:
+    """((args, kwargs) to trace `module` with, floats in fp32; the dimensions of each that are free), by name where its
+    forward has names. Raises ExportError if it is not known what it is called with."""
+    example = example_of(bundle, sizes)
+    if example is None:
+        raise ExportError(f"it is not known what the model is called with; {_GIVE}")
+    args, kwargs = pytree.tree_map_only(Tensor, _as_float, example)
+    dims = pytree.tree_map(free, (args, kwargs), is_leaf=lambda v: v is None or isinstance(v, Tensor))
+    return _by_name(module, args, kwargs, dims)
+
+
+@contextlib.contextmanager
+def tracing(bundle: Bundle) -> Iterator[None]:
+    """Whatever goes wrong inside is an ExportError; the exporter's notices stay inside."""
+    try:
+        with torch.no_grad(), silent():
+            yield
+    except Exception as problem:
+        why = " ".join(str(problem.__cause__ or problem).split())[:300]
+        raise ExportError(
+            f"{type(bundle.module).__name__} cannot be traced with these example inputs ({type(problem).__name__}: "
+            f"{why}); torch.export says what a model has to look like"
+        ) from None
+
+
+def parameters_read(exported: Any) -> set[str]:
+    """Parameters and buffers that a `torch.export` program reads."""
+    signature = exported.graph_signature
+    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {
+        held[node.name]
+        for node in exported.graph.nodes
+        if node.op == "placeholder" and node.users and node.name in held
+    }
+
+
 def traced(bundle: Bundle, opset: int, linears: frozenset[str] = frozenset()) -> tuple[Any, dict[str, str]]:
     """(`onnx_ir.Model` with marks, float parameter -> the initializer that holds it).
 
@@ -190,58 +238,26 @@ def traced(bundle: Bundle, opset: int, linears: frozenset[str] = frozenset()) ->
     """
     import onnx_ir as ir
 
-    example = example_of(bundle)
-    if example is None:
-        raise ExportError(f"it is not known what the model is called with; {_GIVE}")
     module = marked(bundle, linears)
-    args, kwargs = pytree.tree_map_only(Tensor, _as_float, example)
-    dims = pytree.tree_map(_free_dims, (args, kwargs), is_leaf=lambda v: v is None or isinstance(v, Tensor))
-    rename = Adapters(bundle.module).name
-    try:
-        with torch.no_grad(), _quiet():
-            names, shapes = _by_name(module, args, kwargs, dims)
-            program: Any = torch.onnx.export(
-                module,
-                names[0],
-                kwargs=names[1],
-                dynamo=True,
-                opset_version=opset,
-                dynamic_shapes=shapes,
-                optimize=False,
-                verbose=False,
-            )
-            _simplify(program.model)
-    except Exception as problem:
-        why = " ".join(str(problem.__cause__ or problem).split())[:300]
-        raise ExportError(
-            f"{type(bundle.module).__name__} cannot be traced with these example inputs ({type(problem).__name__}: "
-            f"{why}); torch.export says what a model has to look like"
-        ) from None
+    names, shapes = call_of(bundle, module)
+    with tracing(bundle):
+        program: Any = torch.onnx.export(
+            module,
+            names[0],
+            kwargs=names[1],
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=shapes,
+            optimize=False,
+            verbose=False,
+        )
+        _simplify(program.model)
     exported = program.exported_program
     model: ir.Model = program.model
     _name_outputs(model, exported)
     _name_dims(model, {**dict(zip(inspect.signature(module.forward).parameters, names[0], strict=False)), **names[1]})
-    signature = exported.graph_signature
-    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    used = {
-        held[node.name]
-        for node in exported.graph.nodes
-        if node.op == "placeholder" and node.users and node.name in held
-    }
-    return model, _floats(bundle, model, {rename(name) for name in used}, rename)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's notices stay inside; what goes wrong is an exception."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+    rename = Adapters(bundle.module).name
+    return model, _floats(bundle, model, {rename(name) for name in parameters_read(exported)}, rename)
 
 
 def _as_float(value: Tensor) -> Tensor:
@@ -296,7 +312,7 @@ def _name_dims(model: Any, given: dict[str, Any]) -> None:
     for value in model.graph.inputs:
         tensor = given.get(value.name)
         if value.shape is not None and isinstance(tensor, Tensor):
-            for dim in _free_dims(tensor):
+            for dim in free_dims(tensor):
                 words.setdefault(str(value.shape[dim]), ("batch", "sequence")[dim])
     for value in [*model.graph.inputs, *(v for node in model.graph.all_nodes() for v in node.outputs)]:
         if value.shape is not None:

@@ -9,10 +9,7 @@ the format; narrow and ternary grids are subsets.
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 
 from qat.convert import Bundle
 from qat.errors import ExportError
-from qat.export import hf_folder
+from qat.export import hf_folder, process
 from qat.export.format import TensorStream
 from qat.export.hf_format import KEEP, HfFormat, layer_of, targets
 from qat.layout import Layout
@@ -246,16 +243,9 @@ def undisturbed() -> Iterator[None]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rotations = dict(ROPE_INIT_FUNCTIONS)
-    environment, root = dict(os.environ), logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with process.undisturbed():
             yield
     finally:
-        for key in set(os.environ) - set(environment):
-            del os.environ[key]
-        os.environ.update(environment)
-        root.setLevel(level)
-        root.handlers[:] = handlers
         ROPE_INIT_FUNCTIONS.clear()
         ROPE_INIT_FUNCTIONS.update(rotations)
