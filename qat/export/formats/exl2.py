@@ -59,7 +59,7 @@ class Exl2(HfFormat):
     name = "exl2"
     bits = "2 to 6 or 8"
     contents = "int in groups of a multiple of 32 with scale: exl2; mixed layers; the engine was never run"
-    consumers = ("exllamav2", "tabbyapi")
+    consumers = ("exllamav2",)
     consumer = ("exllamav2", "exllamav2")
     mark = "q_weight"
 
