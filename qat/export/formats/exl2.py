@@ -227,7 +227,8 @@ def dequantized(layer: str, file: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np
         # numpy rounds each product of two fp16 numbers to fp16
         scale = (k * k).astype(np.float16) * (file["q_scale_max"] * np.float16(1 / 256))[:, None]
         codes *= scale[np.repeat(np.arange(len(groups)), [rows for _, rows in groups])]
-    return codes[order]
+    found: npt.NDArray[np.float16] = codes[order]
+    return found
 
 
 def _groups(layer: str, pairs: list[list[int]], words: int, inputs: int) -> list[tuple[int, int]]:

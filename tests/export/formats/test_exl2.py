@@ -123,8 +123,10 @@ def test_golden_layers(bits: int) -> None:
 
 
 def test_a_file_of_several_bits_in_another_order() -> None:
-    """As exllamav2 writes them itself: groups of falling bits, inputs sorted by size, 2 bits in groups of 16 too. Bit by
-    bit and number by number here, products in double and rounded."""
+    """As exllamav2 writes them itself: groups of falling bits, inputs sorted by size, 2 bits in groups of 16 too.
+
+    Here bit by bit and number by number, products in double and rounded.
+    """
     chance = np.random.default_rng(0)
     groups = [(8, 32), (6, 64), (5, 32), (4, 32), (4, 96), (3, 64), (2, 32), (2, 16), (2, 48)]
     inputs, outputs = sum(rows for _, rows in groups), 32
@@ -363,7 +365,7 @@ DOWN = {"match": ["*down_proj"], "keep_float": True}
 
 
 def test_exl3_is_refused_in_words() -> None:
-    with pytest.raises(QATError, match="exl3.* trellis .* nearest format is exl2") as problem:
+    with pytest.raises(QATError, match=r"exl3.* trellis .* nearest format is exl2") as problem:
         get_format("exl3")
     assert "\n" not in str(problem.value)
     with pytest.raises(QATError, match="nearest format is exl2"):
