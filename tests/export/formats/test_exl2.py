@@ -336,6 +336,10 @@ def test_refusals() -> None:
     given = QuantSpec(8, granularity="token", quantizer="absmax")
     assert "exl2 holds no input quantization; set input: null" in reasons(spec_of(), given)
     assert "exl2 holds quantized Linear layers" in reasons(spec_of(), kind="embedding")
+    for bits in BITS:
+        row = PlanRow("x", "Linear", "r", spec_of(bits), None, 64 * 64, {"weight": "linear"}, 64)
+        # nobody else rounds weights to fp16
+        assert [name for name, cls in all_formats().items() if not cls().row_reasons(row)] == ["exl2"]
     words = "stores scales of one kind of tensor only; use"
     for wrong in ({"signed": False, "zero_point": "int"}, {"signed_scale": True}, {"kind": "nf4"}):
         assert any(words in why for why in spec_of(**wrong).reasons()), wrong
@@ -411,3 +415,15 @@ def test_tables_that_are_none(key: str, at: int, value: int, words: str) -> None
     packed[key][at] = value
     with pytest.raises(ExportError, match=f"x.{key} .*{words}|x.{key} is {words}"):
         Exl2().weight("x", packed, {})
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_the_largest_weights_stay_finite(bits: int) -> None:
+    """fp16 ends at 65504, and the lowest code of 8 bits times the largest scale has to fit."""
+    w = torch.tensor([[3e38, -3e38] * 16, [-7e4, 1.0] * 16])
+    for quantizer in ("absmax", "mse"):
+        made = make_quantizer(spec_of(bits, quantizer=quantizer), Layout((2, 32)))
+        made.init_from(w)
+        tensor = made.integers(w)
+        assert bool(torch.isfinite(made(w)).all()) and torch.equal(made(w), tensor.dequantize())
+        assert torch.equal(read(Exl2().pack("x.weight", tensor)).float()[:2], tensor.dequantize())
