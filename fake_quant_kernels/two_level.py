@@ -23,6 +23,8 @@ EXL2: M fp16 for each group, shared by all rows; k in 1..16, nearest in s:
 
     P = fp16(M / 256),  k = number of (j^2 + j + 1/2) * P below s0, + 1,  s = fp16(k^2 * P),  w_hat = fp16(s * code)
 
+M is at most 511, so that no w_hat of 8 bits is beyond fp16's range.
+
 Double quantization (Dettmers et al. 2023, section 3): scales a in runs of 256 in row-major order, an offset for all:
 
     N = max |a - offset|,  code = nearest entry of a table to (a - offset) * (1 / N),  a_hat = table[code] * N + offset
@@ -46,6 +48,7 @@ from qat.fake_quant_kernels.storage import project, project_minimum
 
 SUPER = 256
 _TINY, _HUGE, _LARGEST = 2.0**-24, 65504.0, 2.0**119
+_EXL2_LARGEST = 511.0
 # name -> numbers of a sub-block, lo, hi, top, minima
 KQUANTS = {
     "Q2_K": (16, 0, 3, 15, True),
@@ -213,7 +216,7 @@ def _exl2_encode(s0: Tensor, largest: Tensor) -> Tensor:
 
 def exl2_largest(s0: Tensor) -> Tensor:
     """s0 fp32 [R, G] -> M, fp32 [1, G], numbers of fp16; at least 2^-16, where M / 256 is the smallest one."""
-    return project(s0.amax(0, keepdim=True), torch.float16, 2.0**-16, _HUGE)
+    return project(s0.amax(0, keepdim=True), torch.float16, 2.0**-16, _EXL2_LARGEST)
 
 
 def exl2_step(largest: Tensor) -> Tensor:

@@ -16,6 +16,15 @@ class ExportError(QATError):
     """A model or folder that cannot be exported, read back or verified."""
 
 
+# Formats that are asked for and cannot be: name -> why.
+IMPOSSIBLE_FORMATS = {
+    "exl3": (
+        "exl3 codes weights along a trellis in a rotated basis (QTIP), where no integer code of a training has a place "
+        "of its own; the nearest format is exl2"
+    ),
+}
+
+
 def refuse_if(reasons: list[str], what: str, error: type[QATError] = QATError) -> None:
     """Raise `error` with every reason if there is one; an empty list means yes."""
     if reasons:

@@ -3,6 +3,7 @@
 A grid knows nothing of how scales are found. With s fp32 scales of groups:
 
     IntGrid     w_hat = (code - zero_point) * s  or  code * s + minimum       `fake_quant_kernels.affine`
+                or fp16(code * s), for consumers that round on the way (half)
     LevelGrid   w_hat = level[code] * s                                       `fake_quant_kernels.codebook`
     FloatGrid   w_hat = number of the code * s                                `fake_quant_kernels.float8`
 
@@ -42,6 +43,8 @@ import torch
 from torch import Tensor
 
 from qat.fake_quant_kernels import affine, codebook, float8
+from qat.fake_quant_kernels.storage import through_half
+from qat.scales import straight_through
 
 # field of a group or None: scale, zero point, minimum, as arguments of a grid's operations
 Field = Tensor | None
@@ -111,12 +114,16 @@ class Grid:
 
 @dataclass(frozen=True)
 class IntGrid(Grid):
-    """Consecutive integers of `bits` bits. Raises nothing; ask `reasons()` (empty means usable)."""
+    """Consecutive integers of `bits` bits. Raises nothing; ask `reasons()` (empty means usable).
+
+    half: numbers are rounded to fp16, and cast after that; the gradient passes straight through.
+    """
 
     bits: int
     signed: bool = True
     narrow: bool = False
     kind: str = "int"
+    half: bool = False
 
     @property
     def qmin(self) -> int:
@@ -172,10 +179,16 @@ class IntGrid(Grid):
         packed: bool = False,
         again: bool = False,
     ) -> Tensor:
-        return affine.decode(codes, scale, zero, minimum, dtype, packed, self.signed, again)
+        if self.half and torch.compiler.is_compiling():
+            # a cast to fp16 and on would be taken for one cast
+            exact = affine.decode(codes, scale, zero, minimum, torch.float32, packed, self.signed, again)
+            return through_half(exact).to(dtype)
+        way = torch.float16 if self.half else dtype
+        return affine.decode(codes, scale, zero, minimum, way, packed, self.signed, again).to(dtype)
 
     def fake_quantize(self, w: Tensor, scale: Tensor, zero: Field, minimum: Field, identity: bool = False) -> Tensor:
-        return affine.fake_quantize(w, scale, zero, minimum, self.qmin, self.qmax, identity)
+        exact = affine.fake_quantize(w, scale, zero, minimum, self.qmin, self.qmax, identity)
+        return straight_through(exact, through_half(exact.detach())) if self.half else exact
 
     def vjp(
         self,

@@ -25,13 +25,16 @@ and `decode` the numbers that weights are computed with. Both run in every forwa
     nvfp4_over      e4m3                        1 / fp32 for the tensor        the same: compressed-tensors
     nvfp4_portable  e4m3                        a power of two for the tensor  the same: both, in any float dtype
     bnb_nested      a table of 256              fp32 for 256, and a mean       nf4 or bnb_fp4 in groups: bitsandbytes
+    exl2            1, 4, 9 .. 256: 4 bits      fp16 for a group, all rows     integers in groups: exllamav2
+
+With exl2 a weight is rounded to fp16 as well (`half`), whatever dtype it is computed in after that.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +60,8 @@ class ScaleGrid:
     dtype: torch.dtype
     smallest: float
     largest: float
+    # code * scale is rounded to fp16 before it is cast
+    half: ClassVar[bool] = False
 
     def project(self, scale: Tensor, signed: bool = False) -> Tensor:
         """fp32 scales of any shape -> the nearest storable fp32 numbers, positive or (signed) of the same sign;
@@ -65,14 +70,14 @@ class ScaleGrid:
             stored = project(scale.abs() if signed else scale, self.dtype, self.smallest, self.largest)
             if signed:
                 stored = torch.copysign(stored, scale)
-        return _straight_through(scale, stored)
+        return straight_through(scale, stored)
 
     def project_minimum(self, minimum: Tensor) -> Tensor:
         """fp32 minima (any sign, zero included) -> the nearest storable numbers; gradient passes straight through."""
         with torch.no_grad():
             portable = self.name == "portable"
             stored = project_minimum(minimum, self.dtype, self.smallest, self.largest, portable)
-        return _straight_through(minimum, stored)
+        return straight_through(minimum, stored)
 
     @property
     def bits(self) -> int:
@@ -94,7 +99,8 @@ class _StraightThrough(torch.autograd.Function):
         return grad[0], None
 
 
-def _straight_through(value: Tensor, stored: Tensor) -> Tensor:
+def straight_through(value: Tensor, stored: Tensor) -> Tensor:
+    """`stored` with the gradient of `value`."""
     if value.requires_grad:
         return _StraightThrough.apply(value, stored)  # type: ignore[no-any-return, no-untyped-call]
     return stored
@@ -110,7 +116,11 @@ class TwoLevel(ScaleGrid):
     words   what the spec of such a tensor has to say, by field of `qat.specs.QuantSpec`
     also    kinds that may take the place of `words["kind"]`
     extra   stored bits of a row of `words["group_size"]` numbers beside its codes
+
+    over_rows   all rows of a group share its scale of scales
     """
+
+    over_rows: ClassVar[bool] = False
 
     words: tuple[tuple[str, Any], ...] = ()
     extra: float = 0.0
@@ -126,11 +136,15 @@ class TwoLevel(ScaleGrid):
         """What a file holds -> fp32 scales [R, G], and minima, as a consumer computes with."""
         raise NotImplementedError
 
+    def beside(self, parts: Parts) -> list[Tensor]:
+        """Scales [R, G] whose codes are the next ones, under the scale of scales as it is; with `over_rows`."""
+        raise NotImplementedError
+
     def stored(self, scale: Tensor, minimum: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`decode(encode(...))`; gradients pass straight through."""
         with torch.no_grad():
             found, low = self.decode(self.encode(scale, minimum))
-        return _straight_through(scale, found), None if minimum is None or low is None else _straight_through(
+        return straight_through(scale, found), None if minimum is None or low is None else straight_through(
             minimum, low
         )
 
@@ -205,6 +219,28 @@ class _Nested(TwoLevel):
         return two_level.double_decode(parts["absmax"], parts["nested"], parts["offset"], table), None
 
 
+@dataclass(frozen=True)
+class _Squared(TwoLevel):
+    """EXL2; parts: k uint8 [R, G], 1..16, largest fp16 [G], of all rows."""
+
+    half: ClassVar[bool] = True
+    over_rows: ClassVar[bool] = True
+
+    def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
+        largest = two_level.exl2_largest(scale) if scale.numel() else scale.new_ones(1, scale.shape[1])
+        k = two_level.exl2_encode(scale.contiguous(), largest)
+        return {"k": k, "largest": largest.to(torch.float16).reshape(-1)}
+
+    def decode(self, parts: Parts) -> tuple[Tensor, Tensor | None]:
+        return two_level.exl2_decode(parts["k"], parts["largest"].float().reshape(1, -1)), None
+
+    def beside(self, parts: Parts) -> list[Tensor]:
+        k = parts["k"].int()
+        # of a scale with k = 16 `encode` knows M again
+        near = [torch.where(k < 16, (k + step).clamp(1, 15), k).to(torch.uint8) for step in (-1, 1)]
+        return [self.decode({**parts, "k": each})[0] for each in near]
+
+
 @functools.lru_cache(maxsize=8)
 def _dynamic_map(device: torch.device) -> Tensor:
     with torch.inference_mode(False):
@@ -236,6 +272,7 @@ def _super_block(
 _IQ4 = {"kind": "iq4_nl", "granularity": "group", "group_size": 32}
 _FP4 = (("kind", "fp4"), ("granularity", "group"), ("group_size", 16), ("signed_scale", False))
 _NF4 = (("kind", "nf4"), ("granularity", "group"), ("signed_scale", False))
+_INT = (("kind", "int"), ("signed", True), ("granularity", "group"), ("zero_point", "none"), ("signed_scale", False))
 SCALE_GRIDS: dict[str, ScaleGrid] = {
     grid.name: grid
     for grid in (
@@ -251,6 +288,7 @@ SCALE_GRIDS: dict[str, ScaleGrid] = {
         _Nvfp4("nvfp4_over", torch.float32, _FP32_SMALLEST, _LARGEST, _FP4, 8.0),
         _Nvfp4("nvfp4_portable", torch.float32, _FP32_SMALLEST, _LARGEST, _FP4, 8.0),
         _Nested("bnb_nested", torch.float32, _FP32_SMALLEST, _LARGEST, _NF4, 8.0, also=("bnb_fp4",)),
+        _Squared("exl2", torch.float32, _FP32_SMALLEST, _LARGEST, _INT, 4.0),
     )
 }
 

@@ -52,7 +52,8 @@ class QuantSpec:
     def int_grid(self) -> IntGrid:
         """The grid of consecutive integers (ternary included); raises QATError for another one."""
         if self.kind == "int":
-            return IntGrid(self.bits, self.signed, self.narrow)
+            stored = SCALE_GRIDS.get(self.scale)
+            return IntGrid(self.bits, self.signed, self.narrow, half=stored is not None and stored.half)
         if self.kind != TERNARY.kind:
             raise QATError(f"the codes of {self} are no consecutive integers")
         return TERNARY

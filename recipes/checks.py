@@ -10,6 +10,7 @@ import re
 from importlib.metadata import entry_points
 from importlib.resources import files
 
+from qat.errors import IMPOSSIBLE_FORMATS
 from qat.recipes import folding, norms, starting, training
 from qat.recipes.schema import Distill, Phase, Recipe, Rule, Slot, Train
 from qat.recipes.shape import class_errors, join, nearest, plain_errors, shape_errors, show
@@ -44,7 +45,7 @@ INPUT_GRANULARITIES = ("tensor", "token", "group")
 OUTPUT_QUANTIZERS = {name: INPUT_QUANTIZERS[name] for name in ("absmax", "minmax")}
 ZERO_POINTS = ("none", "int", "float")
 TWO_LEVELS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "nvfp4", "nvfp4_over", "nvfp4_portable", "bnb_nested")
-SCALES = ("portable", "fp32", "fp16", "bf16", "e8m0", *TWO_LEVELS)
+SCALES = ("portable", "fp32", "fp16", "bf16", "e8m0", *TWO_LEVELS, "exl2")
 # grids with bits of their own; integers have those of the recipe
 GRID_BITS = {"ternary": 2, "seq": 2, "binary": 1, "nf4": 4, "bnb_fp4": 4, "iq4_nl": 4, "fp4": 4, "e4m3": 8, "e5m2": 8}
 GRIDS = ("int", *GRID_BITS)
@@ -347,7 +348,10 @@ def _targets(targets: list[str]) -> list[str]:
     found = []
     for index, target in enumerate(targets):
         where = f"export.targets[{index}]"
-        found += _one_of(where, target, format_names())
+        if target in IMPOSSIBLE_FORMATS:
+            found.append(f"{where}: {show(target)} is not allowed: {IMPOSSIBLE_FORMATS[target]}")
+        else:
+            found += _one_of(where, target, format_names())
         if target in targets[:index]:
             found.append(f"{where}: {show(target)} is there twice; leave one out")
     return found

@@ -29,7 +29,8 @@ class Slot:
     # How a scale is stored: portable | fp32 | fp16 | bf16 | e8m0, powers of two; for weights also as a code times a
     # scale that groups share: q2_k | q3_k | q4_k | q5_k | q6_k, ggml's k-quants | iq4_xs, ggml's too, for grid=iq4_nl |
     # nvfp4, as TensorRT-LLM has it, nvfp4_over, as compressed-tensors has it, or nvfp4_portable, as both have it |
-    # bnb_nested, double quantization of bitsandbytes.
+    # bnb_nested, double quantization of bitsandbytes | exl2, squared codes times a scale of all rows, as exllamav2 has
+    # it.
     scale: str = "portable"
     # How a scale is found. Weights: absmax | minmax | mse | lsq | lsq_plus, with a learned zero point | ewgs and quest,
     # other gradients of the weight | absmean, for grid=ternary; inputs: absmax | minmax | lsq | lsq_plus | pact | ema.

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qat.convert import Bundle, convert
-from qat.errors import ExportError, QATError, refuse_if
+from qat.errors import IMPOSSIBLE_FORMATS, ExportError, QATError, refuse_if
 from qat.export.atomic import refuse_target, replaced_folder
 from qat.export.format import Format, Row, TensorStream, read_back
 from qat.export.receipt import Receipt, file_records
@@ -34,7 +34,9 @@ def all_formats() -> dict[str, type[Format]]:
 
 
 def get_format(name: str) -> Format:
-    """The format called `name`; raises QATError that lists the known names."""
+    """The format called `name`; raises QATError that lists the known names, or says why there is no such format."""
+    if name in IMPOSSIBLE_FORMATS:
+        raise QATError(f"format={name!r} is not possible: {IMPOSSIBLE_FORMATS[name]}")
     found = discover("qat.export.formats", Format, "qat.formats")
     return lookup(found, name, "format")()  # type: ignore[no-any-return]
 

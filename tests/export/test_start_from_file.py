@@ -36,6 +36,7 @@ GRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "nf4": ("bitsandbytes", {"grid": "nf4", "bits": 4, "scale": "fp32"}),
     "bnb fp4": ("bitsandbytes", {"grid": "bnb_fp4", "bits": 4}),
     "bnb int8": ("bitsandbytes", {"bits": 8, "narrow": True, **BY_ROW}),
+    "exl2": ("exl2", {"bits": 4, "scale": "exl2"}),
     "modelopt int4": ("modelopt", {"bits": 4}),
     "modelopt nvfp4": ("modelopt", {"grid": "fp4", "bits": 4, "scale": "nvfp4_portable", "group_size": 16}),
 }

@@ -443,6 +443,7 @@ def test_scales_of_two_levels_are_for_one_kind_of_tensor() -> None:
     assert not spec.reasons() and not spec.shape_reasons(512)
     assert spec.shape_reasons(384) == ["scale='q3_k' needs rows of a multiple of 256 numbers, not 384"]
     sizes = {"q2_k": 2.625, "q3_k": 3.4375, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625, "nvfp4": 4.5, "bnb_nested": 4.125}
+    sizes["exl2"] = 4.0625
     for name, size in sizes.items():
         grid = SCALE_GRIDS[name]
         assert isinstance(grid, TwoLevel)

@@ -280,6 +280,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"distill": {"enabled": True, "weight": 0}}, "distill.weight: 0 is not allowed with enabled=true", "(0, 1]"),
     ({"distill": {"temperature": 0}}, "distill.temperature: 0", "allowed: more than 0"),
     ({"export": {"targets": ["ggfu"]}}, 'export.targets[0]: "ggfu" is not allowed', 'did you mean "gguf"?'),
+    ({"export": {"targets": ["exl3"]}}, 'export.targets[0]: "exl3" is not allowed', "the nearest format is exl2"),
     ({"export": {"targets": ["gguf", "gguf"]}}, 'export.targets[1]: "gguf" is there twice', "leave one out"),
     ({"train": {"task": "lm"}}, 'train.task: "lm" is not allowed', "allowed: causal_lm, image_classification"),
     ({"train": {"scheduler": "linear"}}, 'train.scheduler: "linear" is not allowed', "allowed: cosine, constant"),

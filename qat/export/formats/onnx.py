@@ -72,6 +72,8 @@ class Onnx(Format):
             return [f"grid {spec.kind}: {self.name} holds integers and 8-bit floats; nearest: grid: int, bits: 4"]
         if spec.zero_point == "float":
             return [f"zero_point=float: {self.name} has integer zero points; nearest: zero_point: int"]
+        if spec.scale_grid.half:
+            return [f"scale={spec.scale}: {self.name} does not round weights to fp16; use scale: fp16 (or portable)"]
         return []
 
     def model_reasons(self, bundle: Bundle, tokenizer: Any) -> list[str]:

@@ -21,6 +21,7 @@ from qat.export.format import Format, read_back
 from qat.export.receipt import Receipt
 
 JUNK: tuple[Any, ...] = (None, -1, 0, 7, 10**9, 2**70, 1.5, True, "", "x", [], [1], {}, {"a": 1})
+CODES = (".weight", ".weight_packed", "_qdata", ".q_weight")
 WHERE = ("header", "cut", "config", "shape", "dtype", "missing", "values", "scales")
 
 
@@ -70,14 +71,15 @@ def _damage(folder: Path, where: str, rng: random.Random) -> str:
     # of a quantized layer: what lies beside a weight
     layers = {name.partition(".weight")[0] for name in tensors if ".weight_" in name or ".weight." in name}
     beside = (".SCB", ".scales", ".biases", "._weight_qdata", "._weight_scale", "._weight_zero_point")
+    beside += (".q_weight", ".q_scale", ".q_scale_max", ".q_groups", ".q_invperm")
     layers |= {name.rpartition(".")[0] for name in tensors if name.endswith(beside)}
     own = {f"{x}{key}" for x in layers for key in beside}
     names = [n for n in tensors if n in own or any(n.startswith(f"{x}.weight") for x in sorted(layers))]
     names = [n for n in names if not n.endswith("weight_format")]
     if where == "values":
-        names = [n for n in names if n.endswith((".weight", ".weight_packed", "_qdata"))]
+        names = [n for n in names if n.endswith(CODES)]
     if where == "scales":
-        names = [n for n in names if not n.endswith((".weight", ".weight_packed", "_qdata"))]
+        names = [n for n in names if not n.endswith(CODES)]
     name = rng.choice(sorted(names))
     tensor = tensors[name].clone()
     if where == "missing":
