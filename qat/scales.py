@@ -114,8 +114,9 @@ class TwoLevel(ScaleGrid):
 
     words: tuple[tuple[str, Any], ...] = ()
     extra: float = 0.0
-    # numbers of a row that share the scale of scales
+    # numbers of a row that share the scale of scales, and the largest code of a scale under it; 1: the tensor shares it
     run: int = 1
+    top: int = 0
     also: tuple[str, ...] = ()
 
     def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
@@ -139,7 +140,7 @@ class TwoLevel(ScaleGrid):
 class _SuperBlock(TwoLevel):
     """ggml's k-quants and IQ4_XS; parts: sc int8 or uint8 [R, G], d fp16 [R, G / n], and with minima mn, d_min.
 
-    size: numbers of a group; top: the largest code of a scale.
+    size: numbers of a group.
     """
 
     run: int = two_level.SUPER
