@@ -4,8 +4,8 @@ A group's own best scale and minimum (`_least_squares`) are rounded to codes tim
 moves its numbers. Here the error is that of the stored fields, and what does not lower it is undone by super-block:
 
     shared    for codes q, stored scales s and minima m: a and b of least squares of  sum h (w - a s q - b m)^2
-    groups    under what is shared, groups are independent: each takes the codes of its scale and minimum, among those it
-              has and their neighbours, with the least error
+    groups    under what is shared, groups are independent: each takes the codes of its scale and minimum, among those
+              it has and their neighbours, with the least error
     starts    the groups' wishes, with the largest scale, which decides what is shared, `STARTS` times as large
 
 ggml's k-quants fit what is shared too (make_qp_quants), to the wishes, and not to the numbers.
@@ -48,9 +48,7 @@ def settled(w_RK: Tensor, spec: QuantSpec, wishes: Sequence[Fields], importance:
     return Fields(torch.cat(scale), None, None if wishes[0].minimum is None else torch.cat(minimum))
 
 
-def _settled(
-    w_RK: Tensor, spec: QuantSpec, wishes: list[Fields], importance: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _settled(w_RK: Tensor, spec: QuantSpec, wishes: list[Fields], importance: Tensor | None) -> tuple[Tensor, Tensor]:
     x = w_RK.reshape(w_RK.shape[0], spec.groups(w_RK.shape[1]), -1)
     h = torch.ones_like(x) if importance is None else importance.reshape(x.shape)
     grid, stored, has_minimum = spec.int_grid, spec.scale_grid, wishes[0].minimum is not None
@@ -93,11 +91,11 @@ def _settled(
             least = torch.where(better, now, least)
         return best_s, best_m
 
-    def refit(s: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    def refitted(s: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         """With what is shared by least squares, under the codes of stored fields."""
-        product = codes(s, m) * s.unsqueeze(-1)
-        hp = h * product
-        pp, px = (shared(_sum(hp * other)) for other in (product, x))
+        scaled = codes(s, m) * s.unsqueeze(-1)
+        hp = h * scaled
+        pp, px = (shared(_sum(hp * other)) for other in (scaled, x))
         a, b = px / pp, torch.ones_like(px)
         if has_minimum:
             pm, mm, mx = shared(_sum(hp) * m), shared(_sum(h) * m.double().square()), shared(_sum(h * x) * m)
@@ -126,10 +124,10 @@ def _settled(
         size = torch.where(s.abs() < most, torch.minimum(s.abs(), most * factor), most * factor)
         near = nearby(*hold(torch.copysign(size, s), m))
         keep(*near)
-        keep(*refit(*hold(*near)))
+        keep(*refitted(*hold(*near)))
     for _ in range(ROUNDS):
         keep(*nearby(*hold(best_s, best_m)))
-        keep(*refit(*hold(best_s, best_m)))
+        keep(*refitted(*hold(best_s, best_m)))
     return best_s, best_m
 
 

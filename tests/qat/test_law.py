@@ -47,7 +47,7 @@ from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.grids import KINDS as GRID_KINDS
 from qat.layout import Layout
 from qat.plan import PlanRow
-from qat.quantizers import Fields, Quantizer, _least_squares, make_quantizer, mse, quantizers
+from qat.quantizers import Fields, Quantizer, _least_squares, _super_blocks, make_quantizer, mse, quantizers
 from qat.registry import discover
 from qat.scales import SCALE_GRIDS, TwoLevel
 from qat.specs import QuantSpec
@@ -67,7 +67,7 @@ WEIGHT_CASES = {
     "minmax": 8200,
     "mse": 19900,
 }
-INPUT_CASES = {"lsq_plus": 3600, "pact": 4900, "absmax": 2400, "ema": 8600, "lsq": 8600, "minmax": 2100}
+INPUT_CASES = {"lsq_plus": 3600, "pact": 4900, "absmax": 2400, "ema": 8600, "lsq": 8600, "minmax": 2100, "local": 108}
 
 
 def specs(quantizer: str, granularities: tuple[str, ...], activation: bool) -> Iterator[QuantSpec]:
@@ -217,6 +217,8 @@ def short_search() -> Iterator[None]:
         patch.setattr(mse, "CANDIDATES", 4)
         patch.setattr(_least_squares, "STARTS", (0.5,))
         patch.setattr(_least_squares, "ROUNDS", 1)
+        patch.setattr(_super_blocks, "STARTS", (1.0,))
+        patch.setattr(_super_blocks, "ROUNDS", 1)
         yield
 
 

@@ -1,7 +1,7 @@
 """Fields that super-blocks store: by super-block never farther from the weight than what the groups would like.
 
-Mutations tried, one at a time: acceptance by group, not by super-block; the wish's error taken before it is stored; the
-largest scale moved among the neighbours; a minimum's sign lost in the fit: each turns a test red.
+Mutations tried, one at a time: acceptance by group, not by super-block; the wish's error taken before it is stored; no
+fit of what is shared in the last rounds; the wrong sign of a minimum in it; one start: each turns a test red.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from qat.layout import Layout
 from qat.qtensor import Fields
 from qat.quantizers import _super_blocks, make_quantizer, mse
 from qat.quantizers._super_blocks import settled
+from qat.quantizers.base import minmax_fields
 from qat.scales import TwoLevel
 from qat.specs import QuantSpec
 
@@ -28,13 +29,13 @@ SPECS = {
     "q5_k": QuantSpec(5, granularity="group", group_size=32, scale="q5_k", quantizer="mse", **MINIMA),
     "q6_k": QuantSpec(6, granularity="group", group_size=16, scale="q6_k", quantizer="mse"),
 }
-# of the error that the groups' wishes leave when they are stored, plain and weighted; measured: 2 % more is let pass
+# of the error that the groups' wishes leave when they are stored, plain and weighted, measured for this weight
 GAINS = {
-    "q2_k": (0.96, 0.92),
-    "q3_k": (0.999, 0.998),
-    "q4_k": (0.975, 0.96),
-    "q5_k": (0.94, 0.89),
-    "q6_k": (0.99, 0.985),
+    "q2_k": (0.9480, 0.9102),
+    "q3_k": (0.9974, 0.9957),
+    "q4_k": (0.9658, 0.9458),
+    "q5_k": (0.9240, 0.8640),
+    "q6_k": (0.9534, 0.9563),
 }
 
 
@@ -61,8 +62,7 @@ def wishes(spec: QuantSpec, w: Tensor, h: Tensor | None) -> Iterator[Fields]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mse, "settled", lambda w, spec, found, h: found[0])
         yield mse.search(w, spec, h)
-    yield mse.fields_of_range(w.reshape(*w.shape[:1], spec.groups(w.shape[1]), -1).amin(-1).clamp(max=0.0),
-                              w.reshape(*w.shape[:1], spec.groups(w.shape[1]), -1).amax(-1), spec)  # fmt: skip
+    yield minmax_fields(w, spec)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -89,7 +89,7 @@ def test_what_it_gains(name: str, weighted: bool, record_property: Any) -> None:
     after = errors(spec, quantizer.fields(w), w, h).sum()
     ratio = float(after / errors(spec, wish, w, h).sum())
     record_property("error over that of the wishes", ratio)
-    assert ratio < GAINS[name][weighted] * 1.02 and ratio < 1.0
+    assert ratio < GAINS[name][weighted] * 1.002
 
 
 def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
