@@ -23,6 +23,7 @@ WEIGHT_QUANTIZERS = {
     "lsq": ("none", "int", "float"),
     "lsq_plus": ("int", "float"),
     "ewgs": ("none", "int", "float"),
+    "dual_lsq": ("none",),
     "quest": ("none",),
     "absmean": ("none",),
 }

@@ -31,8 +31,9 @@ class Slot:
     # nvfp4, as TensorRT-LLM has it, nvfp4_over, as compressed-tensors has it, or nvfp4_portable, as both have it (these
     # three for inputs too) | bnb_nested, double quantization of bitsandbytes.
     scale: str = "portable"
-    # How a scale is found. Weights: absmax | minmax | mse | lsq | lsq_plus, with a learned zero point | ewgs and quest,
-    # other gradients of the weight | absmean, for grid=ternary; inputs: absmax | minmax | lsq | lsq_plus | pact | ema
+    # How a scale is found. Weights: absmax | minmax | mse | lsq | lsq_plus, with a learned zero point | dual_lsq, one
+    # scale for the codes and one for the numbers, for grids other than integers | ewgs and quest, other gradients of
+    # the weight | absmean, for grid=ternary; inputs: absmax | minmax | lsq | lsq_plus | pact | ema
     # | local, for the scales nvfp4: those of blocks from each input, the tensor's from an average.
     quantizer: str = "absmax"
     # Which codes exist. int: consecutive integers | ternary: -1, 0, 1 (2 bits) | seq: -3/4, -1/4, 1/4, 3/4 of the scale

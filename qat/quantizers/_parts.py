@@ -1,5 +1,5 @@
-"""State that must survive `.to(bfloat16)` (bf16-true, FSDP's buffer dtype), as a sum of bf16-representable parts: one for
-portable and bf16 scales, two for fp16, three for fp32.
+"""State that must survive `.to(bfloat16)` (bf16-true, FSDP's buffer dtype), as a sum of bf16-representable parts: one
+for portable and bf16 scales, two for fp16, three for fp32.
 """
 
 from __future__ import annotations

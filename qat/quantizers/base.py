@@ -105,6 +105,11 @@ class Quantizer(nn.Module):
         `qat.grids.Grid.vjp` has them; a subclass with a gradient rule of its own writes this."""
         return spec.grid.vjp(grad, w_RK, *fields, self.identity_gradient, needs, spend)
 
+    def coding(self, fields: Fields) -> Fields:
+        """The fields by which codes are found, of those that decode them: `fields` itself, but for a quantizer of two
+        scales."""
+        return fields
+
     def largest(self, scale: Tensor) -> Tensor | None:
         """The largest scale, fp32 [1], under which two levels store those that the groups of an input would like; None:
         their own."""
@@ -186,7 +191,7 @@ class Quantizer(nn.Module):
         if not isinstance(grid, TwoLevel):
             return wanted
         scale, minimum = grid.stored(wanted.scale, wanted.minimum, self.largest(wanted.scale))
-        return Fields(scale, None, minimum)
+        return Fields(scale, wanted.zero, minimum)
 
     def _held(self) -> Fields:
         return self.stored(self.start_fields())
@@ -234,11 +239,11 @@ class Quantizer(nn.Module):
             if found is not None:
                 return found
         assert fields is not None
-        if self.codes_fixed:
-            held = self._held()
-            codes, scale = spec.grid.encode_poisoning(w_RK, *held, form == HALVES)
+        by = self._held() if self.codes_fixed else self.coding(fields)
+        if by is not fields:
+            codes, scale = spec.grid.encode_poisoning(w_RK, *by, form == HALVES)
             # NaN where the weight is; the difference is zero otherwise
-            return codes, fields._replace(scale=fields.scale + (scale - held.scale))
+            return codes, fields._replace(scale=fields.scale + (scale - by.scale))
         if form == ROWS:
             grid = spec.int_grid
             codes, scale = rowwise4.encode(w_RK, fields.scale, grid.qmin, grid.qmax)
@@ -262,7 +267,9 @@ class Quantizer(nn.Module):
             if isinstance(spec.scale_grid, TwoLevel):
                 parts = spec.scale_grid.encode(scale, minimum, self.largest(scale))
                 scale, minimum = spec.scale_grid.decode(parts)
-            codes = spec.grid.encode(rows, *(self._held() if self.codes_fixed else (scale, zero, minimum)))
+            by = self._held() if self.codes_fixed else self.coding(Fields(scale, zero, minimum))
+            codes = spec.grid.encode(rows, *by)
+            zero = zero if spec.is_int else None
             stored = spec.scale_grid.dtype
             return QTensor(
                 codes=codes,

@@ -62,6 +62,7 @@ WEIGHT_CASES = {
     "ewgs": 51000,
     "lsq_plus": 21000,
     "quest": 5500,
+    "dual_lsq": 1,
     "absmax": 8900,
     "lsq": 64000,
     "minmax": 8200,
@@ -293,7 +294,9 @@ KINDS = {
 def test_law_for_every_layout(kind: str, name: str) -> None:
     for granularity, size in (("tensor", None), ("channel", None), ("group", 2)):
         zero = "none" if "none" in quantizers()[name].zero_points else "int"
-        spec = QuantSpec(4, zero == "none", False, granularity, size, zero, "portable", name)
+        # which is not for integers
+        codes = "fp4" if name == "dual_lsq" else "int"
+        spec = QuantSpec(4, zero == "none", False, granularity, size, zero, "portable", name, codes)
         w = torch.randn(KINDS[kind], generator=torch.Generator().manual_seed(1))
         quantizer = make_quantizer(spec, Layout(KINDS[kind], kind))
         quantizer.init_from(w)

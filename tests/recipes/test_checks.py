@@ -244,6 +244,16 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "lsq_plus, whose zero points belong to the codes",
     ),
     (
+        {"phases": {"wait": None, "qat": {"train": "scales"}}, f"{W}.quantizer": "dual_lsq"},
+        'phases.qat.train: "scales" is not allowed',
+        "dual_lsq, whose codes have a scale of their own",
+    ),
+    (
+        {"phases.qat.dampen": 0.1, f"{W}.quantizer": "dual_lsq"},
+        "phases.qat.dampen: 0.1 is not allowed with rules.linears.weight.quantizer=dual_lsq",
+        "allowed: 0, or quantizer=lsq",
+    ),
+    (
         {"phases": {"wait": None, "qat": {"train": "scales"}}, f"{W}.quantizer": "mse"},
         'phases.qat.train: "scales" is not allowed',
         "where no weight has a learned scale",
