@@ -125,10 +125,9 @@ class Bundle(Mapping[str, QTensor]):
             if quantizer is not None:
                 fields = None
                 if quantizer.static_activations:
-                    device = next(quantizer.buffers()).device
                     known = self._dtypes.get(name)
-                    with whole_quantizer(quantizer, getattr(torch, known[0]) if known else None), torch.no_grad():
-                        fields = quantizer.qparams(torch.zeros(1, 1, device=device))
+                    with whole_quantizer(quantizer, getattr(torch, known[0]) if known else None):
+                        fields = quantizer.kept()
                 found[name] = (quantizer.spec, fields)
         return found
 

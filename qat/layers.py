@@ -276,7 +276,8 @@ def _input(layer: nn.Module, live: Live, x: Tensor | None) -> tuple[Slot | None,
         fields = quantizer.fields(slot.rows(x.detach()))
         codes, used = quantizer.quantize(slot.rows(x.detach()), spec, fields)
         return slot, (codes, *_visible(fields, used.scale))
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or quantizer.static_activations:
+        # what is kept is not the same in every layer
         codes, fields = quantizer.quantize(slot.rows(x.detach()), spec)
     else:
         codes, fields = _recent.quantized(x, slot)

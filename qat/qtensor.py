@@ -15,7 +15,10 @@ from qat.specs import QuantSpec
 
 
 class Fields(NamedTuple):
-    """What is stored beside the codes: fp32 on the scale grid, [R, G] or [1, 1]; zero integral within the codes."""
+    """What is stored beside the codes: fp32 on the scale grid, [R, G] or [1, 1]; zero integral within the codes.
+
+    Grids that have no zero point pass `zero` by: what a quantizer keeps there is of training alone, and leaves it not.
+    """
 
     scale: Tensor
     zero: Tensor | None = None

@@ -10,13 +10,14 @@ of that range, so a stored scale is always finite and positive.
     fp16       2^-14 .. 65504
     bf16       2^-126 .. 2^119
     e8m0       powers of two, 2^-110 .. 2^119 (OCP Microscaling formats, v1.0)
-    fp32       2^-110 .. 2^119 (below, three bf16 numbers no longer hold all bits: `qat.quantizers.base.split`)
+    fp32       2^-110 .. 2^119 (below, three bf16 numbers no longer hold all bits: `qat.quantizers._parts.split`)
 
 A minimum (zero_point float) has any sign and may be 0; a portable one is a number of fp16 as well, denormals included.
 
 Two levels: scales that are themselves codes times a scale (`fake_quant_kernels.two_level`, `nvfp4`). What is learned or
 searched is the scale that a group would like, in fp32; `encode` makes what a file holds of those of the whole tensor,
-and `decode` the numbers that weights are computed with. Both run in every forward.
+and `decode` the numbers that weights are computed with. Both run in every forward. Of an input the whole tensor is not
+seen: the largest scale is then given (nvfp4 alone).
 
                     codes of scales             times                          of
     q2_k .. q6_k    4, 6 or 8 bits, minima too  fp16 for 256 numbers           integers in groups of 16 or 32: ggml
@@ -85,7 +86,7 @@ class ScaleGrid:
 
     @property
     def parts(self) -> int:
-        """How many bf16 numbers add up to any stored scale exactly (`qat.quantizers.base.split`)."""
+        """How many bf16 numbers add up to any stored scale exactly (`qat.quantizers._parts.split`)."""
         return {torch.float16: 2, torch.float32: 3}.get(self.dtype, 1)
 
 
@@ -124,12 +125,17 @@ class TwoLevel(ScaleGrid):
 
     words: tuple[tuple[str, Any], ...] = ()
     extra: float = 0.0
-    # numbers of a row that share the scale of scales
+    # numbers of a row that share the scale of scales, and the largest code of a scale under it; 1: the tensor shares it
     run: int = 1
+    top: int = 0
     also: tuple[str, ...] = ()
 
-    def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
-        """fp32 scales [R, G], and minima, as the groups would like them -> what a file holds."""
+    # `encode` can do with a largest scale that is given
+    local: bool = False
+
+    def encode(self, scale: Tensor, minimum: Tensor | None, largest: Tensor | None = None) -> Parts:
+        """fp32 scales [R, G], and minima, as the groups would like them -> what a file holds. largest: fp32 [1], where
+        it is not that of these scales."""
         raise NotImplementedError
 
     def decode(self, parts: Parts) -> tuple[Tensor, Tensor | None]:
@@ -140,10 +146,12 @@ class TwoLevel(ScaleGrid):
         """Scales [R, G] whose codes are the next ones, under the scale of scales as it is; with `over_rows`."""
         raise NotImplementedError
 
-    def stored(self, scale: Tensor, minimum: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def stored(
+        self, scale: Tensor, minimum: Tensor | None, largest: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """`decode(encode(...))`; gradients pass straight through."""
         with torch.no_grad():
-            found, low = self.decode(self.encode(scale, minimum))
+            found, low = self.decode(self.encode(scale, minimum, largest))
         return straight_through(scale, found), None if minimum is None or low is None else straight_through(
             minimum, low
         )
@@ -153,7 +161,7 @@ class TwoLevel(ScaleGrid):
 class _SuperBlock(TwoLevel):
     """ggml's k-quants and IQ4_XS; parts: sc int8 or uint8 [R, G], d fp16 [R, G / n], and with minima mn, d_min.
 
-    size: numbers of a group; top: the largest code of a scale.
+    size: numbers of a group.
     """
 
     run: int = two_level.SUPER
@@ -161,7 +169,7 @@ class _SuperBlock(TwoLevel):
     top: int = 31
     minima: bool = False
 
-    def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
+    def encode(self, scale: Tensor, minimum: Tensor | None, largest: Tensor | None = None) -> Parts:
         subs, top, minima = two_level.SUPER // self.size, self.top, self.minima
         sc, d = two_level.super_scales(scale.abs(), subs, top)
         # a scale of 0 has no sign
@@ -181,18 +189,21 @@ class _SuperBlock(TwoLevel):
 
 @dataclass(frozen=True)
 class _Nvfp4(TwoLevel):
-    """parts: block float8_e4m3fn [R, G], tensor fp32 [1].
+    """parts: block float8_e4m3fn [R, G], tensor fp32 [1]. A scale beyond the largest one given becomes that one.
 
     Multiplied with a power of two, or divided by its inverse, an e4m3 number stays what it is, and so does the product
     with a number of e2m1: 6 bits, exact in bf16.
     """
 
+    local: bool = True
+
     @property
     def _over(self) -> bool:
         return self.name.endswith("over")
 
-    def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
-        largest = scale.amax().reshape(1) if scale.numel() else scale.new_zeros(1)
+    def encode(self, scale: Tensor, minimum: Tensor | None, largest: Tensor | None = None) -> Parts:
+        if largest is None:
+            largest = scale.amax().reshape(1) if scale.numel() else scale.new_zeros(1)
         tensor = nvfp4.tensor_scale(largest * 6.0, self._over)
         if self.name.endswith("portable"):
             octave = (tensor.view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -207,7 +218,7 @@ class _Nvfp4(TwoLevel):
 class _Nested(TwoLevel):
     """parts: absmax uint8 [R, G], nested fp32 [ceil(R * G / 256)], offset fp32 [1]."""
 
-    def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
+    def encode(self, scale: Tensor, minimum: Tensor | None, largest: Tensor | None = None) -> Parts:
         # in double: an fp32 sum would depend on how many threads add it up
         offset = scale.double().mean().float().reshape(1) if scale.numel() else scale.new_zeros(1)
         offset = offset.nan_to_num(nan=0.0, posinf=_LARGEST).clamp(max=_LARGEST)
@@ -226,7 +237,7 @@ class _Squared(TwoLevel):
     half: ClassVar[bool] = True
     over_rows: ClassVar[bool] = True
 
-    def encode(self, scale: Tensor, minimum: Tensor | None) -> Parts:
+    def encode(self, scale: Tensor, minimum: Tensor | None, largest: Tensor | None = None) -> Parts:
         largest = two_level.exl2_largest(scale) if scale.numel() else scale.new_ones(1, scale.shape[1])
         k = two_level.exl2_encode(scale.contiguous(), largest)
         return {"k": k, "largest": largest.to(torch.float16).reshape(-1)}

@@ -24,6 +24,7 @@ WEIGHT_QUANTIZERS = {
     "lsq": ("none", "int", "float"),
     "lsq_plus": ("int", "float"),
     "ewgs": ("none", "int", "float"),
+    "dual_lsq": ("none",),
     "quest": ("none",),
     "absmean": ("none",),
 }
@@ -34,10 +35,13 @@ INPUT_QUANTIZERS = {
     "lsq_plus": ("int", "float"),
     "pact": ("none",),
     "ema": ("none", "int", "float"),
+    "local": ("none",),
 }
 # Recomputed in every forward, so they follow a change of bits by themselves; the others keep a scale per input tensor.
 DYNAMIC_QUANTIZERS = ("absmax", "minmax", "quest", "absmean")
 STATIC_INPUT_QUANTIZERS = ("lsq", "lsq_plus", "pact", "ema")
+# What they keep is seen in training.
+SEEING_INPUT_QUANTIZERS = (*STATIC_INPUT_QUANTIZERS, "local")
 # Ranges that can be a share of the numbers.
 PERCENTILE_QUANTIZERS = ("lsq", "ewgs", "ema")
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
@@ -297,7 +301,7 @@ def _phases(recipe: Recipe) -> list[str]:
         found += _phase_bits(phase, path, recipe.rules)
         found += training.reasons(phase, path, recipe)
         kept = [(key, rule.input.quantizer) for key, rule in recipe.rules.items() if rule.input]
-        static = [key for key, name in kept if name in STATIC_INPUT_QUANTIZERS]
+        static = [key for key, name in kept if name in SEEING_INPUT_QUANTIZERS]
         if phase.steps == 0 and name == last and static:
             found.append(
                 f"{path}.steps: 0 is not allowed with {join('rules', static[0])}.input.quantizer="

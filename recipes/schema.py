@@ -28,12 +28,14 @@ class Slot:
     narrow: bool = False
     # How a scale is stored: portable | fp32 | fp16 | bf16 | e8m0, powers of two; for weights also as a code times a
     # scale that groups share: q2_k | q3_k | q4_k | q5_k | q6_k, ggml's k-quants | iq4_xs, ggml's too, for grid=iq4_nl |
-    # nvfp4, as TensorRT-LLM has it, nvfp4_over, as compressed-tensors has it, or nvfp4_portable, as both have it |
-    # bnb_nested, double quantization of bitsandbytes | exl2, squared codes times a scale of all rows, as exllamav2 has
-    # it.
+    # nvfp4, as TensorRT-LLM has it, nvfp4_over, as compressed-tensors has it, or nvfp4_portable, as both have it (these
+    # three for inputs too) | bnb_nested, double quantization of bitsandbytes | exl2, squared codes times a scale of all
+    # rows, as exllamav2 has it.
     scale: str = "portable"
-    # How a scale is found. Weights: absmax | minmax | mse | lsq | lsq_plus, with a learned zero point | ewgs and quest,
-    # other gradients of the weight | absmean, for grid=ternary; inputs: absmax | minmax | lsq | lsq_plus | pact | ema.
+    # How a scale is found. Weights: absmax | minmax | mse | lsq | lsq_plus, with a learned zero point | dual_lsq, one
+    # scale for the codes and one for the numbers, for grids other than integers | ewgs and quest, other gradients of
+    # the weight | absmean, for grid=ternary; inputs: absmax | minmax | lsq | lsq_plus | pact | ema
+    # | local, for the scales nvfp4: those of blocks from each input, the tensor's from an average.
     quantizer: str = "absmax"
     # Which codes exist. int: consecutive integers | ternary: -1, 0, 1 (2 bits) | seq: -3/4, -1/4, 1/4, 3/4 of the scale
     # (2 bits) | binary: -1, 1 (1 bit) | nf4, iq4_nl: tables of 16 levels (4 bits) | fp4: floats e2m1 (4 bits)

@@ -13,9 +13,16 @@ _LEARNS_NOTHING = ("absmax", "minmax", "mse", "ema", "quest", "absmean")
 def reasons(phase: Phase, path: str, recipe: Recipe) -> list[str]:
     found: list[str] = []
     said = f'{path}.train: "scales" is not allowed'
+    for key in ("freeze_oscillating", "dampen"):
+        found += [
+            f"{path}.{key}: {show(getattr(phase, key))} is not allowed with rules.{name}.weight.quantizer=dual_lsq, "
+            "whose codes have a scale of their own; allowed: 0, or quantizer=lsq"
+            for name, rule in recipe.rules.items()
+            if getattr(phase, key) and rule.weight is not None and rule.weight.quantizer == "dual_lsq"
+        ]
     if phase.train not in TRAINS:
         near = nearest(phase.train, TRAINS)
-        return [f"{path}.train: {show(phase.train)} is not allowed{near}; allowed: {', '.join(TRAINS)}"]
+        return [*found, f"{path}.train: {show(phase.train)} is not allowed{near}; allowed: {', '.join(TRAINS)}"]
     if phase.train != "scales":
         return found
     if any(other.train != "scales" for other in recipe.phases.values()):
@@ -30,6 +37,9 @@ def reasons(phase: Phase, path: str, recipe: Recipe) -> list[str]:
         if wrong:
             found.append(f"{said} with {key}={show(getattr(phase, key))}; allowed: all")
     for name, rule in recipe.rules.items():
+        if rule.weight is not None and rule.weight.quantizer == "dual_lsq":
+            where = f"rules.{name}.weight.quantizer"
+            found.append(f"{said} with {where}=dual_lsq, whose codes have a scale of their own; allowed: all, or lsq")
         if rule.weight is not None and rule.weight.quantizer == "lsq_plus":
             where = f"rules.{name}.weight.quantizer"
             found.append(f"{said} with {where}=lsq_plus, whose zero points belong to the codes; allowed: all, or lsq")

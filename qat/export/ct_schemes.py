@@ -56,8 +56,12 @@ def _float_reasons(spec: QuantSpec) -> list[str]:
     ]
 
 
-def input_reasons(spec: QuantSpec) -> list[str]:
-    """Why an input's grid has no place in a scheme."""
+def input_reasons(spec: QuantSpec, weight: QuantSpec) -> list[str]:
+    """Why an input's grid has no place in a scheme with these weights."""
+    if spec.scale in _NVFP4:
+        if weight.scale in _NVFP4:
+            return []
+        return [f"input scale={spec.scale} goes with weights of nvfp4; give the weight grid: fp4, scale: {spec.scale}"]
     found = []
     if not spec.is_int and spec.kind != "e4m3":
         found.append(f"input grid {spec.kind}: this writer has integers and e4m3; nearest: grid: int, bits: 8")
@@ -117,15 +121,17 @@ def scheme_of(spec: QuantSpec, given: tuple[QuantSpec, Fields | None] | None) ->
         "output_activations": None,
     }
     if given is not None:
-        static = given[1] is not None
+        local = given[0].scale in _NVFP4
         group["input_activations"] = {
             "num_bits": given[0].bits,
             "type": "int" if given[0].is_int else "float",
             "symmetric": given[0].zero_point == "none",
-            "strategy": given[0].granularity,
-            "group_size": None,
-            "dynamic": not static,
+            "strategy": "tensor_group" if local else given[0].granularity,
+            "group_size": given[0].group_size,
+            "dynamic": "local" if local else given[1] is None,
         }
+        if local:
+            group["input_activations"]["scale_dtype"] = _SCALE_DTYPES[NVFP4]
     return json.dumps(group, sort_keys=True)
 
 

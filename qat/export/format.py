@@ -9,7 +9,7 @@ read(folder)                (name, weight) as the consumer's own code computes i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -23,6 +23,7 @@ from qat.export.receipt import TensorRecord
 from qat.layout import Layout
 from qat.plan import Plan, PlanRow
 from qat.qtensor import Fields, QTensor, tensor_sha256
+from qat.scales import TwoLevel
 from qat.specs import QuantSpec
 
 _NAMED = 3
@@ -106,16 +107,26 @@ def static_ranges(inputs: dict[str, tuple[QuantSpec, Fields | None]]) -> dict[st
 
     <layer>.input_scale        fp32 [1]
     <layer>.input_zero_point   int16 [1], counted on the signed grid of the input's bits
+    <layer>.input_global_scale fp32 [1], alone, of nvfp4: `divisor`
     """
     found: dict[str, Tensor] = {}
     for layer, (spec, fields) in inputs.items():
         if fields is None:
+            continue
+        if isinstance(spec.scale_grid, TwoLevel):
+            parts = spec.scale_grid.encode(fields.scale.detach().cpu(), None)
+            found[f"{layer}.input_global_scale"] = divisor(spec, parts)
             continue
         found[f"{layer}.input_scale"] = fields.scale.detach().cpu().float().reshape(1)
         if fields.zero is not None:
             zero = fields.zero.detach().cpu().reshape(1) - spec.int_grid.qmin - (1 << (spec.bits - 1))
             found[f"{layer}.input_zero_point"] = zero.to(torch.int16)
     return found
+
+
+def divisor(spec: QuantSpec, parts: Mapping[str, Tensor]) -> Tensor:
+    """The tensor's scale of nvfp4 as that by which the blocks' scales are divided, fp32 [1]."""
+    return parts["tensor"] if spec.scale == "nvfp4_over" else 1.0 / parts["tensor"]
 
 
 def declared_ties(module: nn.Module) -> dict[str, str]:
@@ -256,7 +267,7 @@ def read_back(fmt: Format, folder: Path, records: list[TensorRecord], bundle: Bu
 
 
 def _is_range(name: str) -> bool:
-    return name.endswith((".input_scale", ".input_zero_point"))
+    return name.endswith((".input_scale", ".input_zero_point", ".input_global_scale"))
 
 
 def _by(seen: Tensor, name: str, bundle: Bundle | None) -> str:

@@ -21,7 +21,7 @@ _CHUNK = 1 << 22
 class TensorRecord:
     """One tensor of the file.
 
-    name           parameter name in the deployed module, or <layer>.input_scale and <layer>.input_zero_point
+    name           parameter name in the deployed module, or as `qat.export.format.static_ranges` calls a range
     spec           the QuantSpec as plain data; None: a tensor that is not quantized
     shape, dtype   of the weight that the training forward used
     sha256         of that weight's bytes, row-major (-0.0 counted as 0.0)

@@ -49,7 +49,12 @@ class Ruled(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(w_RK, scale, zero, minimum)
         ctx.how = spec, quantizer
-        return spec.grid.fake_quantize(w_RK, scale, zero, minimum)
+        fields = Fields(scale, zero, minimum)
+        by = quantizer.coding(fields)
+        if by is fields:
+            return spec.grid.fake_quantize(w_RK, *fields)
+        codes, poisoned = spec.grid.encode_poisoning(w_RK, *by)
+        return spec.grid.decode(codes, *fields._replace(scale=scale + (poisoned - by.scale)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

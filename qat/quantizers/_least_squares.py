@@ -8,8 +8,8 @@ Under codes q and weights h of the squared errors, a group's error is quadratic 
 with sums H = sum h, Hq = sum h q and so on. New fields give new codes: `ROUNDS` rounds of both. With a minimum, fields
 are fitted under the codes of `STARTS` other ranges first, which is what ggml's search for its k-quants does
 (make_qkx3_quants), since one start ends in the next hollow of the error. Fields are on the grid of scales throughout,
-and what does not lower the error is undone, so that the result is never worse than what was given; of two levels, whose
-codes of scales follow when a whole super-block is known, that holds on the average and not for every row.
+and what does not lower the error is undone, so that the result is never worse than what was given. Of two levels this
+is what a group would like, before its scale is stored: `_super_blocks` goes on from there.
 """
 
 from __future__ import annotations

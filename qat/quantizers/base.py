@@ -8,9 +8,6 @@
 so `quantizer(w) == quantizer.integers(w).dequantize()` holds bit for bit for quantizers that do not exist yet.
 
 Latents of any float dtype are read in fp32 with autocast off; only the result is cast to `out_dtype`.
-
-State that must survive `.to(bfloat16)` (bf16-true, FSDP's buffer dtype) is kept as a sum of bf16-representable parts
-(`split` / `joined`): one part for portable and bf16 scales, two for fp16, three for fp32.
 """
 
 from __future__ import annotations
@@ -34,27 +31,6 @@ from qat.scales import TwoLevel
 from qat.specs import QuantSpec
 
 
-def split(value: Tensor, parts: int) -> Tensor:
-    """fp32 [...] -> [parts, ...] of bf16-representable fp32 numbers whose sum is `value` exactly (24 bits need 3).
-
-    Exact where |value| >= 2^-110: below, the last bits of an fp32 number are smaller than any bf16 number.
-    """
-    rest, found = value.float(), []
-    for _ in range(parts):
-        part = rest.to(torch.bfloat16).float()
-        found.append(part)
-        rest = rest - part
-    return torch.stack(found)
-
-
-def joined(parts: Tensor) -> Tensor:
-    """The inverse of `split`; the smallest part is added first so that every sum is exact."""
-    total = parts[-1].float()
-    for part in reversed(parts[:-1].unbind(0)):
-        total = part.float() + total
-    return total
-
-
 class Quantizer(nn.Module):
     """One tensor's quantizer. A subclass lives in a file of its own, sets the flags and writes `qparams`."""
 
@@ -65,6 +41,8 @@ class Quantizer(nn.Module):
     for_activations: bool = False
     # the scale of an activation is kept, not computed from each input: per tensor only
     static_activations: bool = False
+    # that of the tensor alone is kept, and those of its groups are computed from each input
+    local_activations: bool = False
     # fields of a weight are kept: `qparams` does not look at it
     keeps_fields: bool = False
     percentiles: bool = False  # its ranges can hold a share of the numbers (`QuantSpec.percentile`)
@@ -127,6 +105,23 @@ class Quantizer(nn.Module):
         `qat.grids.Grid.vjp` has them; a subclass with a gradient rule of its own writes this."""
         return spec.grid.vjp(grad, w_RK, *fields, self.identity_gradient, needs, spend)
 
+    def coding(self, fields: Fields) -> Fields:
+        """The fields by which codes are found, of those that decode them: `fields` itself, but for a quantizer of two
+        scales."""
+        return fields
+
+    def largest(self, scale: Tensor) -> Tensor | None:
+        """The largest scale, fp32 [1], under which two levels store those that the groups of an input would like; None:
+        their own."""
+        return None
+
+    @torch.no_grad()
+    def kept(self) -> Fields | None:
+        """What of the fields of an input stays, and leaves training; None: nothing."""
+        if not self.static_activations:
+            return None
+        return self.qparams(torch.zeros(1, 1, device=next(self.buffers()).device))
+
     def learned(self) -> tuple[nn.Parameter, ...]:
         """Parameters that the optimizer moves, in a fixed order."""
         return ()
@@ -155,12 +150,14 @@ class Quantizer(nn.Module):
         found = spec.reasons()
         if not (cls.for_activations if activation else cls.for_weights):
             found.append(f"quantizer={cls.name!r} is not for {'inputs' if activation else 'weights'}")
-        if activation and cls.static_activations and spec.granularity != "tensor":
+        if activation and cls.static_activations and not cls.local_activations and spec.granularity != "tensor":
             found.append(
                 f"quantizer={cls.name!r} keeps one scale per input; use granularity=tensor, not {spec.granularity}"
             )
-        if activation and isinstance(spec.scale_grid, TwoLevel):
-            found.append(f"scale={spec.scale!r} is for weights: its scale of scales would depend on the whole batch")
+        two = spec.scale_grid
+        if activation and isinstance(two, TwoLevel) and not (cls.local_activations and two.local):
+            use = "; use quantizer=local" if two.local else ""
+            found.append(f"scale={two.name!r} is for weights: its scale of scales would depend on the whole batch{use}")
         if activation and spec.signed_scale:
             found.append("signed_scale=true is for weights")
         if activation and spec.granularity == "channel":
@@ -193,8 +190,8 @@ class Quantizer(nn.Module):
         grid = self.live_spec.scale_grid
         if not isinstance(grid, TwoLevel):
             return wanted
-        scale, minimum = grid.stored(wanted.scale, wanted.minimum)
-        return Fields(scale, None, minimum)
+        scale, minimum = grid.stored(wanted.scale, wanted.minimum, self.largest(wanted.scale))
+        return Fields(scale, wanted.zero, minimum)
 
     def _held(self) -> Fields:
         return self.stored(self.start_fields())
@@ -242,11 +239,11 @@ class Quantizer(nn.Module):
             if found is not None:
                 return found
         assert fields is not None
-        if self.codes_fixed:
-            held = self._held()
-            codes, scale = spec.grid.encode_poisoning(w_RK, *held, form == HALVES)
+        by = self._held() if self.codes_fixed else self.coding(fields)
+        if by is not fields:
+            codes, scale = spec.grid.encode_poisoning(w_RK, *by, form == HALVES)
             # NaN where the weight is; the difference is zero otherwise
-            return codes, fields._replace(scale=fields.scale + (scale - held.scale))
+            return codes, fields._replace(scale=fields.scale + (scale - by.scale))
         if form == ROWS:
             grid = spec.int_grid
             codes, scale = rowwise4.encode(w_RK, fields.scale, grid.qmin, grid.qmax)
@@ -268,9 +265,11 @@ class Quantizer(nn.Module):
             scale, zero, minimum = self.qparams(rows)
             parts = {}
             if isinstance(spec.scale_grid, TwoLevel):
-                parts = spec.scale_grid.encode(scale, minimum)
+                parts = spec.scale_grid.encode(scale, minimum, self.largest(scale))
                 scale, minimum = spec.scale_grid.decode(parts)
-            codes = spec.grid.encode(rows, *(self._held() if self.codes_fixed else (scale, zero, minimum)))
+            by = self._held() if self.codes_fixed else self.coding(Fields(scale, zero, minimum))
+            codes = spec.grid.encode(rows, *by)
+            zero = zero if spec.is_int else None
             stored = spec.scale_grid.dtype
             return QTensor(
                 codes=codes,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qat.qtensor import Fields
-from qat.quantizers.base import Quantizer, fields_of_range, joined, percentile_range, split
+from qat.quantizers._parts import joined, split
+from qat.quantizers.base import Quantizer, fields_of_range, percentile_range
 
 # Jacob et al. 2018 smooth over thousands of steps; 0.1 follows fine-tuning runs of hundreds of steps.
 MOMENTUM = 0.1
@@ -25,7 +26,7 @@ class Ema(Quantizer):
     for_activations = True
     static_activations = True
     percentiles = True
-    zero_points = ("none", "int", "float")
+    zero_points: tuple[str, ...] = ("none", "int", "float")
 
     def build(self) -> None:
         self.range: Tensor

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.qtensor import Fields
-from qat.quantizers.base import fields_of_range, joined, range_of_fields
+from qat.quantizers._parts import joined
+from qat.quantizers.base import fields_of_range, range_of_fields
 from qat.quantizers.mse import Stored, search
 
 RATE = 10.0
@@ -56,6 +57,16 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
         start, theta = ctx.saved_tensors
         return None, (grads[0] * _scale(start, theta) * RATE).to(theta.dtype), None
+
+
+def learned_scale(start: Tensor, theta: Tensor) -> Tensor:
+    """start * exp(k * theta), differentiable in theta."""
+    return _Step.apply(start, theta)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def known(start: Tensor, theta: Tensor, stored: Tensor) -> Tensor:
+    """`stored`, which `learned_scale` gave, with the gradient of theta."""
+    return _Again.apply(start, theta, stored)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Lsq(Stored):
@@ -104,18 +115,18 @@ class Lsq(Stored):
             zero = None if zero is None or now.zero is None else torch.where(seen, zero, now.zero)
             minimum = None if minimum is None or now.minimum is None else torch.where(seen, minimum, now.minimum)
         if not self.frozen:
-            scale = _Step.apply(scale, self.theta)  # type: ignore[no-untyped-call]
+            scale = learned_scale(scale, self.theta)
         return Fields(self.spec.scale_grid.project(scale, self.spec.signed_scale), zero, minimum)
 
     def differentiable(self, fields: Fields) -> Fields | None:
         if self.frozen or self.layout.kind == "tokens":
             return None
-        return fields._replace(scale=_Again.apply(self.start().scale, self.theta, fields.scale))  # type: ignore[no-untyped-call]
+        return fields._replace(scale=known(self.start().scale, self.theta, fields.scale))
 
     @torch.no_grad()
     def freeze(self) -> None:
         """s0 takes the value of s; theta is read no more (an optimizer's momentum may still move it)."""
-        scale = _Step.apply(joined(self.start_scale), self.theta)  # type: ignore[no-untyped-call]
+        scale = learned_scale(joined(self.start_scale), self.theta)
         self.store(Fields(self.spec.scale_grid.project(scale, self.spec.signed_scale)))
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 Candidates shrink the group's range by 60 factors from 1.0 down to 0.2 of absmax / minmax (`algorithms`: MSE search,
 e.g. OMSE, Choukroun et al. 2019), and with minima, or scales of two levels, fields of least squares after that
-(`_least_squares`); powers of two: that of OCP MX, its double and its half. Scales that may be negative
+(`_least_squares`, `_super_blocks`); powers of two: that of OCP MX, its double and its half. Scales that may be negative
 are searched for -w too. Where all rows share a scale of scales, that of the largest row and less of it, whichever is
 best for all of them. The scale then stays; weights are trained under it with the straight-through gradient inside
 the grid and none where it clips.
@@ -17,7 +17,9 @@ from qat.fake_quant_kernels import mse_search
 from qat.fake_quant_kernels.fields import amax_of, range_of
 from qat.qtensor import Fields
 from qat.quantizers._least_squares import refined
-from qat.quantizers.base import Quantizer, fields_of_range, joined, percentile_range, scales_of_amax, split
+from qat.quantizers._parts import joined, split
+from qat.quantizers._super_blocks import settled
+from qat.quantizers.base import Quantizer, fields_of_range, percentile_range, scales_of_amax
 from qat.scales import TwoLevel
 from qat.specs import QuantSpec
 
@@ -42,12 +44,14 @@ def search(w_RK: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> F
         importance = importance.expand(w_RK.shape)
     search_one_side = _search_integers if spec.is_int and spec.scale != "e8m0" else _search_levels
     fields, error = search_one_side(w_RK, spec, importance)
-    if isinstance(spec.scale_grid, TwoLevel) and spec.scale_grid.over_rows:
+    stored = spec.scale_grid
+    if isinstance(stored, TwoLevel) and stored.over_rows:
         return _for_all_rows(w_RK, spec, fields, importance)
-    if not spec.signed_scale:
-        return fields
-    mirrored, other = search_one_side(-w_RK, spec, importance)
-    return Fields(torch.where(other < error, -mirrored.scale, fields.scale))
+    if spec.signed_scale:
+        mirrored, other = search_one_side(-w_RK, spec, importance)
+        fields = Fields(torch.where(other < error, -mirrored.scale, fields.scale))
+    super_blocks = spec.is_int and isinstance(stored, TwoLevel)
+    return settled(w_RK, spec, [fields], importance) if super_blocks else fields
 
 
 def _search_levels(w_RK: Tensor, spec: QuantSpec, importance: Tensor | None) -> tuple[Fields, Tensor]:

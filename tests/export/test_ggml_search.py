@@ -45,7 +45,8 @@ def by_ggml(library: Any, name: str, w: Tensor, importance: Tensor | None) -> Te
     return torch.from_numpy(gguf.quants.dequantize(data, kind))
 
 
-# Turned red by a search of one sign only (Q4_0, IQ4_XS), one that does not weigh, or no least squares (Q4_K, Q4_1).
+# Turned red by a search of one sign only (Q4_0, IQ4_XS), one that does not weigh, no least squares (Q4_1), or wishes
+# that are stored as they come (Q4_K, Q5_K).
 @pytest.mark.consumer
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", sorted(GRIDS))
@@ -63,5 +64,5 @@ def test_the_search_is_closer_than_ggml(name: str, weighted: bool, record_proper
 
     ratio = error(quantizer(w).detach()) / error(by_ggml(ctypes.CDLL(extension.__file__), name, w, importance))
     record_property("error over ggml's", ratio)
-    # with weights ggml also fits the scale of Q5_K's 6-bit scales; here the largest of them decides
-    assert ratio < (1.02 if name == "Q5_K" and weighted else 1.0)
+    # what a super-block shares is fitted there to its groups' scales, here to the numbers
+    assert ratio < (0.96 if name.endswith("_K") else 1.0)

@@ -4,6 +4,7 @@ a layer's fused node as in the quantizer alone."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import qat
 from qat.layout import Layout
 from qat.qtensor import Fields
 from qat.quantizers import Quantizer, make_quantizer
+from qat.quantizers.dual_lsq import DualLsq
 from qat.quantizers.ewgs import DELTA
 from qat.quantizers.lsq import RATE
 from qat.quantizers.quest import clip_of
@@ -130,6 +132,40 @@ def test_lsq_plus_learns_its_offset(zero: str) -> None:
     assert torch.allclose(quantizer.phi.grad, torch.tensor([[(-1 if zero == "int" else 1) * outside * RATE]]))  # type: ignore[arg-type]
 
 
+def test_dual_lsq_has_a_scale_of_its_own_for_the_codes() -> None:
+    """Against autograd through Q(w / s_pre) * s_post. Mutations: LSQ's gradient for s_post, the ratio of the scales
+    left out of dw, codes of integers() under s_post: red."""
+    spec = QuantSpec(kind="fp4", granularity="group", group_size=16, scale="fp32", quantizer="dual_lsq")
+    w = torch.randn(4, 32, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.2, 3, 32)
+    g = torch.randn(4, 32, generator=torch.Generator().manual_seed(4))
+    quantizer = make_quantizer(spec, Layout((4, 32)))
+    assert isinstance(quantizer, DualLsq)
+    quantizer.init_from(w)
+    started = quantizer(w).detach()
+    same = make_quantizer(replace(spec, quantizer="lsq"), Layout((4, 32)))
+    same.init_from(w)
+    assert torch.equal(started, same(w).detach())
+    with torch.no_grad():
+        quantizer.theta += 0.01
+        quantizer.phi -= 0.02
+    post, pre = (s.detach().requires_grad_() for s in quantizer.qparams(w)[:2])  # type: ignore[union-attr]
+    assert bool((pre < 0.8 * post).all())
+    x = w.clone().requires_grad_()
+    v = (x.reshape(4, 2, 16) / pre.unsqueeze(-1)).clamp(-6, 6)
+    codes = spec.grid.encode(w, pre, None, None)
+    numbers = spec.grid.decode(codes, torch.ones_like(pre), None, None).reshape(v.shape)
+    plain = ((v + (numbers - v).detach()) * post.unsqueeze(-1)).reshape(4, 32)
+    plain.backward(g)
+    y = w.clone().requires_grad_()
+    fake = quantizer(y)
+    fake.backward(g)
+    assert torch.equal(fake, quantizer.integers(w).dequantize()) and not torch.equal(fake, started)
+    torch.testing.assert_close(fake, plain)
+    torch.testing.assert_close(y.grad, x.grad)
+    torch.testing.assert_close(quantizer.theta.grad, RATE * post.grad * post.detach())
+    torch.testing.assert_close(quantizer.phi.grad, RATE * pre.grad * pre.detach(), rtol=1e-4, atol=1e-4)
+
+
 def test_a_zero_point_stays_within_the_codes() -> None:
     quantizer = one(made("lsq_plus", 3, activation=True, signed=False, zero_point="int"))
     with torch.no_grad():
@@ -142,6 +178,7 @@ SLOTS = {
     "quest": {"bits": 2, "grid": "seq"},
     "absmean": {"bits": 2, "grid": "ternary", "granularity": "tensor"},
     "lsq_plus": {"bits": 3, "zero_point": "int"},
+    "dual_lsq": {"bits": 4, "grid": "fp4"},
 }
 
 

@@ -47,7 +47,7 @@ from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.grids import KINDS as GRID_KINDS
 from qat.layout import Layout
 from qat.plan import PlanRow
-from qat.quantizers import Fields, Quantizer, _least_squares, make_quantizer, mse, quantizers
+from qat.quantizers import Fields, Quantizer, _least_squares, _super_blocks, make_quantizer, mse, quantizers
 from qat.registry import discover
 from qat.scales import SCALE_GRIDS, TwoLevel
 from qat.specs import QuantSpec
@@ -62,12 +62,13 @@ WEIGHT_CASES = {
     "ewgs": 51000,
     "lsq_plus": 21000,
     "quest": 5500,
+    "dual_lsq": 1,
     "absmax": 8900,
     "lsq": 64000,
     "minmax": 8200,
     "mse": 19900,
 }
-INPUT_CASES = {"lsq_plus": 3600, "pact": 4900, "absmax": 2400, "ema": 8600, "lsq": 8600, "minmax": 2100}
+INPUT_CASES = {"lsq_plus": 3600, "pact": 4900, "absmax": 2400, "ema": 8600, "lsq": 8600, "minmax": 2100, "local": 108}
 
 
 def specs(quantizer: str, granularities: tuple[str, ...], activation: bool) -> Iterator[QuantSpec]:
@@ -217,6 +218,8 @@ def short_search() -> Iterator[None]:
         patch.setattr(mse, "CANDIDATES", 4)
         patch.setattr(_least_squares, "STARTS", (0.5,))
         patch.setattr(_least_squares, "ROUNDS", 1)
+        patch.setattr(_super_blocks, "STARTS", (1.0,))
+        patch.setattr(_super_blocks, "ROUNDS", 1)
         yield
 
 
@@ -291,7 +294,9 @@ KINDS = {
 def test_law_for_every_layout(kind: str, name: str) -> None:
     for granularity, size in (("tensor", None), ("channel", None), ("group", 2)):
         zero = "none" if "none" in quantizers()[name].zero_points else "int"
-        spec = QuantSpec(4, zero == "none", False, granularity, size, zero, "portable", name)
+        # which is not for integers
+        codes = "fp4" if name == "dual_lsq" else "int"
+        spec = QuantSpec(4, zero == "none", False, granularity, size, zero, "portable", name, codes)
         w = torch.randn(KINDS[kind], generator=torch.Generator().manual_seed(1))
         quantizer = make_quantizer(spec, Layout(KINDS[kind], kind))
         quantizer.init_from(w)

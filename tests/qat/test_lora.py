@@ -120,8 +120,8 @@ def test_what_is_trained_is_what_is_exported(recipe: Any, name: str, cached: boo
     zero = "none" if "none" in quantizers()[name].zero_points else "int"
     model = adapted(llama())
     before = {key: p.detach().clone() for key, p in model.named_parameters() if "base_layer.weight" in key}
-    # it has three codes and no others
-    codes = {"grid": "ternary", "bits": 2} if name == "absmean" else {}
+    # one has three codes and no others, and one has no integers
+    codes = {"absmean": {"grid": "ternary", "bits": 2}, "dual_lsq": {"grid": "fp4", "bits": 4}}.get(name, {})
     qat.prepare(model, of_linears(recipe, quantizer=name, zero_point=zero, **codes), code_cache=cached)
     losses = trained(model)
     assert losses[-1] < losses[0]

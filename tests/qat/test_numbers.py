@@ -17,7 +17,8 @@ from qat.grids import GRIDS, IntGrid
 from qat.layout import Layout
 from qat.qtensor import QTensor, tensor_sha256
 from qat.quantizers import make_quantizer, mse, quantizer_class, quantizers
-from qat.quantizers.base import fields_of_range, joined, range_of_fields, scales_of_amax, split
+from qat.quantizers._parts import joined, split
+from qat.quantizers.base import fields_of_range, range_of_fields, scales_of_amax
 from qat.recipes.checks import SCALES
 from qat.scales import SCALE_GRIDS, TwoLevel, scale_grid
 from qat.specs import QuantSpec

@@ -102,7 +102,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (
         {f"{I}.quantizer": "mse"},
         f'{I}.quantizer: "mse" is not allowed',
-        "allowed: absmax, minmax, lsq, lsq_plus, pact, ema",
+        "allowed: absmax, minmax, lsq, lsq_plus, pact, ema, local",
     ),
     ({f"{W}.group_size": 0}, f"{W}.group_size: 0 is not allowed", "allowed: 1 or more"),
     # combinations within a slot
@@ -228,6 +228,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({f"{I}.quantizer": "pact"}, f'{I}.granularity: "token" is not allowed with quantizer=pact', "allowed: tensor"),
     ({f"{W}.quantizer": "lsq_plus"}, f'{W}.zero_point: "none" is not allowed with quantizer=lsq_plus', "int, float"),
     ({"phases.wait": {"steps": 4, "ramp": 5}}, "phases.wait.ramp: 5 is longer than the phase", "allowed: 0..4"),
+    (
+        {"phases": {"wait": None, "qat": {"steps": 0}}, f"{I}.quantizer": "local"},
+        "phases.qat.steps: 0 is not allowed with rules.linears.input.quantizer=local",
+        "range is seen in training",
+    ),
     ({"phases.qat.quantize": False}, "phases: none of them quantizes", "quantize: true"),
     ({f"{O}": {"granularity": "tensor"}}, f'{O}.granularity: "tensor" is not allowed', "allowed: token, group"),
     ({f"{O}": {"granularity": "token", "quantizer": "ema"}}, f'{O}.quantizer: "ema" is not', "allowed: absmax, minmax"),
@@ -259,6 +264,16 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         {"phases": {"wait": None, "qat": {"train": "scales"}}, f"{W}.quantizer": "lsq_plus", f"{W}.zero_point": "int"},
         'phases.qat.train: "scales" is not allowed',
         "lsq_plus, whose zero points belong to the codes",
+    ),
+    (
+        {"phases": {"wait": None, "qat": {"train": "scales"}}, f"{W}.quantizer": "dual_lsq"},
+        'phases.qat.train: "scales" is not allowed',
+        "dual_lsq, whose codes have a scale of their own",
+    ),
+    (
+        {"phases.qat.dampen": 0.1, f"{W}.quantizer": "dual_lsq"},
+        "phases.qat.dampen: 0.1 is not allowed with rules.linears.weight.quantizer=dual_lsq",
+        "allowed: 0, or quantizer=lsq",
     ),
     (
         {"phases": {"wait": None, "qat": {"train": "scales"}}, f"{W}.quantizer": "mse"},

@@ -13,12 +13,12 @@
     nvfp4-pack-quantized   weight_packed as above; weight_scale e4m3 f [O, I/16]; weight_global_scale fp32 G [1];
                            s = f / G in fp32
 
-A static input adds `input_scale` [1] (and `input_zero_point`). Layers of different grids become config groups, each
-with its format. `W = (q - z) * s` in the model's dtype t: with s exact in t, both factors and (below fp32) the product
-need no rounding but the last, so it equals the fp32 product cast to t. 4-bit floats are decoded in fp32 and cast to
-bf16 whatever the model is: nvfp4_over needs a model in bf16; with powers of two (e8m0, and nvfp4_portable, whose scale
-for the tensor has an exact inverse) nothing is rounded. 1, 2, 4 and 8 bits are laid out alike by all versions; 3, 5, 6
-and 7 need compressed-tensors 0.18.
+A static input adds `input_scale` [1] (and `input_zero_point`), one of nvfp4 `input_global_scale` fp32 [1]. Layers of
+different grids become config groups, each with its format. `W = (q - z) * s` in the model's dtype t: with s exact in t,
+both factors and (below fp32) the product need no rounding but the last, so it equals the fp32 product cast to t. 4-bit
+floats are decoded in fp32 and cast to bf16 whatever the model is: nvfp4_over needs a model in bf16; with powers of two
+(e8m0, and nvfp4_portable, whose scale for the tensor has an exact inverse) nothing is rounded. 1, 2, 4 and 8 bits are
+laid out alike by all versions; 3, 5, 6 and 7 need compressed-tensors 0.18.
 
 transformers loads symmetric files as they are, single- or mixed-group, and an asymmetric file, or small floats in a
 model that is not in bf16, with `CompressedTensorsConfig(dequantize=True)`, which knows one group only: either of them
@@ -50,7 +50,7 @@ from qat.export.ct_schemes import (
     symmetric,
     weight_reasons,
 )
-from qat.export.format import TensorStream
+from qat.export.format import TensorStream, divisor
 from qat.export.hf_format import HOLDS, KEEP, HfFormat, layer_of, targets
 from qat.export.packing import pack_bits, unpack_bits, words_per_row
 from qat.layout import Layout
@@ -65,7 +65,7 @@ class CompressedTensors(HfFormat):
 
     name = "compressed-tensors"
     bits = "1 to 8"
-    contents = "int, ternary, e4m3, MXFP8, MXFP4, NVFP4; inputs of 8 bits; mixed layers"
+    contents = "int, ternary, e4m3, MXFP8, MXFP4, NVFP4; inputs of 8 bits or NVFP4; mixed layers"
     consumers = ("vllm", "transformers", "sglang")
     consumer = ("compressed-tensors", "compressed_tensors")
     mark = "weight_scale"
@@ -80,7 +80,7 @@ class CompressedTensors(HfFormat):
             return [*found, "its input is quantized but not its weight; give its rule a weight too"]
         found += weight_reasons(row.weight)
         if row.input is not None:
-            found += input_reasons(row.input)
+            found += input_reasons(row.input, row.weight)
         return found
 
     def holds(self, spec: QuantSpec) -> tuple[torch.dtype, ...]:
@@ -93,7 +93,7 @@ class CompressedTensors(HfFormat):
         dtype = hf_folder.model_dtype(bundle.module)
         specs = bundle.specs()
         inputs = bundle.inputs
-        static = {name: spec.scale for name, (spec, fields) in inputs.items() if fields is not None}
+        static = {name: spec.scale for name, (spec, fields) in inputs.items() if fields and spec.group_size is None}
         layer = next((name for name, scale in static.items() if dtype not in HOLDS[scale]), None)
         if layer is not None:
             what = f"input scale={static[layer]} of {layer}"
@@ -229,8 +229,7 @@ def _small_floats(weight: QTensor) -> dict[str, Tensor]:
     if weight.spec.scale == "e8m0":
         found["weight_scale"] = weight.scale.view(torch.uint8)
     else:
-        tensor = weight.parts["tensor"]
-        found["weight_global_scale"] = tensor if weight.spec.scale == "nvfp4_over" else 1.0 / tensor
+        found["weight_global_scale"] = divisor(weight.spec, weight.parts)
         found["weight_scale"] = weight.parts["block"]
     if weight.spec.kind == "fp4":
         found["weight_packed"] = pack_bits(weight.codes, 4).view(torch.uint8)[:, : weight.codes.shape[1] // 2]
@@ -266,13 +265,16 @@ def _check_shape(tensors: dict[str, Tensor], bits: int) -> None:
 
 
 def _static_input(layer: str, given: tuple[QuantSpec, Fields | None] | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`input_scale` [1] and `input_zero_point` [1] of a static input; {} for a dynamic one.
+    """`input_scale` [1] and `input_zero_point` [1] of a static input, `input_global_scale` [1] of one of nvfp4; {} for
+    a dynamic one.
 
     Raises ExportError if `dtype` does not hold the scale exactly.
     """
     spec, fields = given or (None, None)
     if spec is None or fields is None:
         return {}
+    if isinstance(spec.scale_grid, TwoLevel):
+        return {"input_global_scale": divisor(spec, spec.scale_grid.encode(fields.scale, None))}
     scale = fields.scale.reshape(1).to(dtype)
     if not torch.equal(scale.float(), fields.scale.reshape(1).float()):
         raise ExportError(f"{layer}: its input scale stored in {dtype} would be rounded; use scale: portable")

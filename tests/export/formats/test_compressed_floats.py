@@ -45,6 +45,7 @@ GRIDS: dict[str, dict[str, Any]] = {
 }
 LEARNED = {**GRIDS["nvfp4 portable"], "quantizer": "lsq"}
 DYNAMIC = {"grid": "e4m3", "bits": 8, "granularity": "token", "quantizer": "absmax", "scale": "fp32"}
+LOCAL = {"grid": "fp4", "bits": 4, "granularity": "group", "group_size": 16, "quantizer": "local"}
 STATIC = {"grid": "e4m3", "bits": 8, "granularity": "tensor", "quantizer": "ema"}
 
 
@@ -116,6 +117,40 @@ def test_fp8_inputs(weight: str, make_model: Any, quantize: Any, tmp_path: Path)
         else:
             # it divides by the scale where we multiply by its reciprocal: a code of an input may be one off
             torch.testing.assert_close(theirs, ours, rtol=0, atol=0.02 * float(ours.abs().max()))
+
+
+@pytest.mark.consumer
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4 portable"])
+def test_nvfp4_inputs(name: str, make_model: Any, quantize: Any, tmp_path: Path, record_property: Any) -> None:
+    """Mutations: the tensor's scale stored, not its inverse; a scheme without `local`: red."""
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+    dtype = torch.bfloat16
+    model, grid = make_model(dtype=dtype), GRIDS[name]
+    bundle = quantize(model, grid, input={**LOCAL, "scale": grid["scale"]}, seen=IDS, head=KEEP_HEAD)
+    export(bundle, tmp_path / "out", "compressed-tensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    inputs = config["config_groups"]["group_0"]["input_activations"]
+    assert (inputs["dynamic"], inputs["strategy"], inputs["group_size"]) == ("local", "tensor_group", 16)
+    verify(tmp_path / "out")
+    loaded = load(tmp_path / "out")
+    for layer, (_, fields) in bundle.inputs.items():
+        stored = loaded.get_submodule(layer).input_global_scale
+        assert stored.dtype == torch.float32 and fields is not None
+        # 6 * 448 of the largest number, down to the power of two if portable
+        exact = 448.0 / float(fields.scale)
+        low = exact if name == "nvfp4" else exact / 2
+        assert low * (1 - 1e-6) <= float(stored) <= exact * (1 + 1e-6)
+    module = loaded.get_submodule("model.layers.0.mlp.down_proj")
+    quantizer = model.get_submodule("model.layers.0.mlp.down_proj").input_quantizer
+    x = 2.0 * torch.randn(64, module.weight.shape[1], generator=torch.Generator().manual_seed(3))
+    x *= float(bundle.inputs["model.layers.0.mlp.down_proj"][1].scale)
+    for given, share in ((x, 0.001), (x.to(dtype), 0.03)):
+        theirs = forward_quantize(module, given, "input", module.quantization_scheme.input_activations)
+        # of bf16 it takes the scales in bf16; vLLM's kernel computes in fp32
+        off = float((theirs != quantizer(given)).float().mean())
+        record_property(f"share of numbers that differ in {given.dtype}", off)
+        assert off < share
 
 
 @pytest.mark.consumer
@@ -217,6 +252,9 @@ def test_refusals(make_model: Any, quantize: Any, tmp_path: Path) -> None:
     assert "nearest: granularity: channel" in reasons(kind="e4m3", bits=8)
     assert not reasons(scale="e8m0", group_size=32) and not reasons(scale="nvfp4_over")
     assert "grid e5m2: compressed-tensors has integers, e4m3 and fp4" in reasons(kind="e5m2", bits=8)
+    words = {"granularity": "group", "group_size": 16, "kind": "fp4", "scale": "nvfp4_portable", "quantizer": "local"}
+    row = PlanRow("x", "Linear", "r", QuantSpec(8), QuantSpec(**words), 64, {"weight": "linear"}, 64)
+    assert "goes with weights of nvfp4" in "; ".join(CompressedTensors().row_reasons(row))
     cases = {
         "nvfp4_over is decoded to bfloat16, not torch.float32; use nvfp4_portable": quantize(
             make_model(), GRIDS["nvfp4"], head=KEEP_HEAD
