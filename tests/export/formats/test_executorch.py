@@ -6,14 +6,14 @@ layers follow each other, a code that is one off moves what comes behind it: wit
 
 Mutations that were tried one at a time, and the test that turned red for each:
 
-    the second nibble first                         test_every_grid_is_what_executorch_computes
-    scales of groups left in fp32                   test_every_grid_is_what_executorch_computes
-    weights told in another order                   test_every_grid_is_what_executorch_computes
-    batch norms left to XNNPACK                     test_every_grid_is_what_executorch_computes
+    the second nibble first                         test_bytes_by_hand
+    scales of groups left in fp32                   test_bytes_by_hand
     rows of an odd count allowed                    test_refusals
-    a float input allowed                           test_refusals
+    a float input, or scales of one in bf16         test_refusals
+    batch norms left to XNNPACK                     test_every_grid_is_what_executorch_computes
+    bounds of an activation read as they are        test_every_grid_is_what_executorch_computes
     the input of a filter not looked at             test_a_weight_whose_input_is_not_rounded
-    an exception of flatc's that gets out           test_damaged_files
+    an exception that gets out of the reader        test_damaged_files
     the root logger not restored                    test_the_process_is_left_as_it_was
 """
 
