@@ -6,14 +6,14 @@ layers follow each other, a code that is one off moves what comes behind it: wit
 
 Mutations that were tried one at a time, and the test that turned red for each:
 
-    the second nibble first                         test_every_grid_is_what_executorch_computes
-    scales of groups left in fp32                   test_every_grid_is_what_executorch_computes
-    weights told in another order                   test_every_grid_is_what_executorch_computes
-    batch norms left to XNNPACK                     test_every_grid_is_what_executorch_computes
+    the second nibble first                         test_bytes_by_hand
+    scales of groups left in fp32                   test_bytes_by_hand
     rows of an odd count allowed                    test_refusals
-    a float input allowed                           test_refusals
+    a float input, or scales of one in bf16         test_refusals
+    batch norms left to XNNPACK                     test_every_grid_is_what_executorch_computes
+    bounds of an activation read as they are        test_every_grid_is_what_executorch_computes
     the input of a filter not looked at             test_a_weight_whose_input_is_not_rounded
-    an exception of flatc's that gets out           test_damaged_files
+    an exception that gets out of the reader        test_damaged_files
     the root logger not restored                    test_the_process_is_left_as_it_was
 """
 
@@ -55,6 +55,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "int8_narrow": {"bits": 8, **BY_ROW, "narrow": True, "quantizer": "mse"},
     "int8_tensor": {"bits": 8, "granularity": "tensor", "quantizer": "absmax"},
 }
+Small = tuple[bytes, list[TensorRecord], qat.Bundle]
 X = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
 
 
@@ -94,7 +95,7 @@ def run(folder: Path, *given: torch.Tensor) -> list[torch.Tensor]:
 @needs
 @pytest.mark.consumer
 @pytest.mark.slow
-def test_every_grid_is_what_executorch_computes(tmp_path: Path, ran: Any) -> None:
+def test_every_grid_is_what_executorch_computes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Net()
     for buffer in (model.norm.running_mean, model.norm.running_var):
@@ -155,7 +156,7 @@ def test_two_layers_of_one_weight_and_conv1d(tmp_path: Path) -> None:
             self.first, self.second, self.turned = nn.Linear(32, 32), nn.Linear(32, 32), Conv1D(8, 32)
             self.second.weight = self.first.weight
 
-        def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             y: torch.Tensor = self.turned(torch.relu(self.second(self.first(x))))
             return y
 
@@ -218,7 +219,7 @@ def test_refusals() -> None:
         assert "XNNPACK rounds inputs to 8 bits, a range per token" in reasons(input=other), other
     for bits in (2, 3, 5):
         assert "XNNPACK multiplies integers of 4 and of 8 bits" in reasons(weight={"bits": bits, **BY_GROUP})
-    assert "grid nf4" not in reasons() and "nf4" in reasons(weight={"bits": 4, "grid": "nf4", **BY_GROUP})
+    assert "weight grid nf4" in reasons(weight={"bits": 4, "grid": "nf4", **BY_GROUP})
     assert "groups are of a multiple of 32" in reasons(weight={"bits": 4, **BY_GROUP, "group_size": 16})
     assert "bits=8 in groups" in reasons(weight={"bits": 8, **BY_GROUP})
     for scale in ("fp32", "fp16"):
@@ -279,7 +280,7 @@ def test_models_that_cannot_be_traced(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[TensorRecord], qat.Bundle]:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 8), nn.LayerNorm(8))
     rules = {
@@ -336,9 +337,7 @@ def mutations(data: bytes, bundle: qat.Bundle, each: int) -> Iterator[tuple[str,
 @needs
 @pytest.mark.consumer
 @pytest.mark.slow
-def test_damaged_files(
-    small: tuple[bytes, list[TensorRecord], qat.Bundle], tmp_path: Path, record_property: Any
-) -> None:
+def test_damaged_files(small: Small, tmp_path: Path, record_property: Any) -> None:
     data, records, bundle = small
     fmt, counts = get_format("executorch"), {"refused": 0, "as it was": 0}
     for part, what, changed in mutations(data, bundle, 11):
@@ -359,9 +358,7 @@ def test_damaged_files(
 
 
 @needs
-def test_a_weight_whose_input_is_not_rounded(
-    small: tuple[bytes, list[TensorRecord], qat.Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_weight_whose_input_is_not_rounded(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """XNNPACK computes wrong numbers then, so such a file holds no weight."""
     (tmp_path / "model.pte").write_bytes(small[0])
     graph = pte_reader._graph
@@ -395,7 +392,7 @@ assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
 
 @needs
 @pytest.mark.slow
-def test_the_process_is_left_as_it_was(small: tuple[bytes, list[TensorRecord], qat.Bundle], tmp_path: Path) -> None:
+def test_the_process_is_left_as_it_was(small: Small, tmp_path: Path) -> None:
     (tmp_path / "model.pte").write_bytes(small[0])
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, cwd=Path(qat.__file__).parents[1]
