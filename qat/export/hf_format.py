@@ -136,6 +136,13 @@ class HfFormat(Format):
                     weight = self.weight(layer, tensors, config)
                 except ExportError as problem:
                     raise ExportError(f"{folder}: {problem}") from None
+                except ImportError as problem:
+                    # no word about the file: an installed package, or what it needs, is broken or too old or new
+                    what, package = " ".join(str(problem).split())[:200], self.consumer[0]
+                    raise ExportError(
+                        f"{folder}: {self.reader()}, which reads it, is installed but cannot be imported ({what}); "
+                        f"repair it (pip install -U {package}), or uninstall it: qat then reads the file itself"
+                    ) from None
                 except Exception as problem:  # whatever the consumer's code makes of damage
                     what = " ".join(str(problem).split())[:200]
                     kind = type(problem).__name__

@@ -2,7 +2,8 @@
 
 Mutations tried, one at a time, each turns a test red: the bias without the mean; the factor without eps; dgamma without
 the root; the rounded weight not undone before the freeze; the variance not followed after a step; check() left out; the
-reader's op not noted; the norm not found anew; the variance registered as persistent.
+reader's op not noted; the norm handing on no copy then; factors no sources of the cache; the norm not found anew; the
+variance registered as persistent.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[i
     "conv1d": (lambda: nn.Conv1d(6, 4, 3), lambda: nn.BatchNorm1d(4), (8, 6, 5)),
     "conv2d": (lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), lambda: nn.BatchNorm2d(4), (8, 6, 5, 5)),
     "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, bias=False), lambda: nn.BatchNorm2d(4), (8, 4, 5, 5)),
-    "conv3d": (lambda: nn.Conv3d(2, 4, 2), lambda: nn.BatchNorm3d(4, eps=1e-2), (8, 2, 4, 4, 4)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, 2), lambda: nn.BatchNorm3d(4, eps=1.0), (8, 2, 4, 4, 4)),
 }
 
 
@@ -409,5 +410,9 @@ def test_layers_without_a_norm_are_as_they_were() -> None:
     model = nn.Sequential(*net(), nn.Conv2d(5, 2, 1)).train()
     qat.prepare(model, recipe())
     assert [bool(layer._qat.reparams) for layer in qat_layers(model).values()] == [True, True, False]
+    # a ReLU reads what the norm hands on
+    qat.rehearse(model, X)
     train(model)
+    model(X)
+    assert all(layer._qat.cache.entries for layer in qat_layers(model).values())
     assert torch.equal(deployed(model)(X), model.eval()(X))

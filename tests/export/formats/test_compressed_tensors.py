@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,19 @@ def test_our_own_unpacking_reads_the_same(
         with monkeypatch.context() as patch:
             patch.setattr(CompressedTensors, "installed", lambda self: False)
             assert {row.reader for row in verify(tmp_path / str(number))} == {"qat"}
+
+
+# Turned red by the error told as damage of the file.
+def test_a_package_that_cannot_be_imported_is_no_damaged_file(
+    make_model: Any, quantize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    export(quantize(make_model(num_hidden_layers=1), {}, head=KEEP_HEAD), tmp_path / "out", "compressed-tensors")
+    monkeypatch.setitem(sys.modules, "compressed_tensors.compressors", None)
+    with pytest.raises(ExportError) as problem:
+        verify(tmp_path / "out")
+    assert re.search(r"compressed-tensors [\d.]+\S*, which reads it, is installed but cannot be", str(problem.value))
+    assert "pip install -U compressed-tensors" in str(problem.value) and "decoded" not in str(problem.value)
 
 
 # By hand, from the layout in the module's docstring. Turned red by a zero point packed along the row.

@@ -34,23 +34,29 @@ TABLES = {"types": ["Embedding"], "weight": {"bits": 8, "granularity": "channel"
 
 
 class Case(NamedTuple):
-    """cosine: least and mean over sentences, of the embedding to the float model's; apart: the largest difference of
-    an embedding's numbers between onnxruntime and the fake-quantized model. Measured on AVX2 without VNNI."""
+    """to_float: least and mean cosine, over sentences, of an embedding in onnxruntime to the float model's; to_ours:
+    the least to the fake-quantized model's. Measured on AVX2 without VNNI: 0.9990, 0.9994 and 1; 0.9860, 0.9915 and
+    0.9941; 0.9485, 0.9673 and 1."""
 
     format: str
     weight: dict[str, Any]
     input: dict[str, Any] | None
-    cosine: tuple[float, float]
-    apart: float
+    to_float: tuple[float, float]
+    to_ours: float
 
 
+BY_ROW = {"granularity": "channel", "quantizer": "mse"}
 CASES = {
-    "int8": Case("onnx", {"bits": 8, "granularity": "channel", "quantizer": "mse"}, None, (0.99, 0.99), 1e-5),
-    "int8, inputs too": Case(
-        "onnx", {"bits": 7, "granularity": "channel", "quantizer": "mse"}, STATIC, (0.9, 0.9), 1.0
-    ),
+    "int8": Case("onnx", {"bits": 8, **BY_ROW}, None, (0.998, 0.999), 1 - 1e-6),
+    # an input near a half falls to its other side, a step away, and inputs of later layers with it; with weights of 8
+    # bits the sums of integer kernels saturate on a CPU without VNNI
+    "int8 inputs": Case("onnx", {"bits": 7, **BY_ROW}, STATIC, (0.97, 0.985), 0.99),
     "int4": Case(
-        "onnx-nbits", {"bits": 4, "granularity": "group", "group_size": 32, "quantizer": "mse"}, None, (0.9, 0.9), 1e-5
+        "onnx-nbits",
+        {"bits": 4, "granularity": "group", "group_size": 32, "quantizer": "mse"},
+        None,
+        (0.93, 0.96),
+        1 - 1e-6,
     ),
 }
 
@@ -97,7 +103,7 @@ def test_minilm_embeds_in_onnxruntime_as_its_fake_quantized_model(
     case: str, sentences: Any, tmp_path: Path, ran: Any
 ) -> None:
     folder, seen, given = sentences
-    format, weight, x, cosine, apart = CASES[case]
+    format, weight, x, to_float, to_ours = CASES[case]
     model: Any = load_model(folder, auto="AutoModel")
     with torch.no_grad():
         wanted = embed(model, **given)[0]
@@ -117,16 +123,6 @@ def test_minilm_embeds_in_onnxruntime_as_its_fake_quantized_model(
         ours = embed(model, **given)[0]
     near = F.cosine_similarity(run(tmp_path / "out", given, exact=False), wanted, dim=-1)
     theirs = run(tmp_path / "out", given, exact=True)
-    print(
-        case,
-        "cos",
-        float(near.min()),
-        float(near.mean()),
-        "apart",
-        float((ours - theirs).abs().max()),
-        float(F.cosine_similarity(ours, theirs, dim=-1).min()),
-        receipt.bytes,
-    )
-    assert float(near.min()) >= cosine[0] and float(near.mean()) >= cosine[1]
-    assert float((ours - theirs).abs().max()) <= apart
+    assert float(near.min()) >= to_float[0] and float(near.mean()) >= to_float[1]
+    assert float(F.cosine_similarity(theirs, ours, dim=-1).min()) >= to_ours
     ran(format, "onnxruntime", f"MiniLM, {case}: numbers of embeddings", logits=(ours - theirs).abs().max())
