@@ -62,7 +62,7 @@ WEIGHT_CASES = {
     "ewgs": 51000,
     "lsq_plus": 21000,
     "quest": 5500,
-    "dual_lsq": 1,
+    "dual_lsq": 8000,
     "absmax": 8900,
     "lsq": 64000,
     "minmax": 8200,
