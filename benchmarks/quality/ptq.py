@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +28,21 @@ def llama_cpp(grid: Width, model: nn.Module, lab: Lab) -> nn.Module:
     llama-imatrix collects."""
     if grid.ggml is None:
         raise Missing("llama.cpp has no such type")
-    library = _library()
     layers = linears(model)
-    with squares(layers) as found, torch.no_grad():
-        for batch in lab.calibration():
-            model(batch)
+    means = importance(layers, lambda: [model(batch) for batch in lab.calibration()])
+    ggml = gguf_type(grid.ggml)
     with torch.no_grad():
         for name, layer in layers.items():
-            layer.weight.copy_(_blocks(library, grid.ggml, layer.weight, found[name]))
+            blocks = super_blocks(grid.ggml, layer.weight, means[name])
+            layer.weight.copy_(torch.from_numpy(_gguf().quants.dequantize(blocks.numpy(), ggml)))
     return model
+
+
+def importance(layers: dict[str, nn.Linear], run: Callable[[], object]) -> dict[str, Tensor]:
+    """The mean square of each input of the layers in what `run` computes, fp32 [K]."""
+    with squares(layers) as found, torch.no_grad():
+        run()
+    return found
 
 
 @contextmanager
@@ -78,18 +84,29 @@ def _library() -> Any:
     return library
 
 
-def _blocks(library: Any, kind: str, weight: Tensor, importance: Tensor) -> Tensor:
-    """The numbers of the blocks that llama.cpp makes of fp32 rows [R, K]."""
-    import gguf
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise Missing("gguf is not installed; pip install gguf") from None
+    return gguf
+
+
+def gguf_type(kind: str) -> Any:
+    return _gguf().GGMLQuantizationType[kind]
+
+
+def super_blocks(kind: str, weight: Tensor, means: Tensor) -> Tensor:
+    """The blocks that llama.cpp makes of rows [R, K] with importances fp32 [K], uint8 [R, bytes]."""
     import numpy as np
 
-    ggml = gguf.GGMLQuantizationType[kind]
+    library, ggml = _library(), gguf_type(kind)
     rows, columns = weight.shape
-    block, size = gguf.GGML_QUANT_SIZES[ggml]
+    block, size = _gguf().GGML_QUANT_SIZES[ggml]
     if columns % block:
         raise Missing(f"{kind} needs rows of a multiple of {block} numbers, not {columns}")
     source = np.ascontiguousarray(weight.detach().float().numpy())
-    weights = np.ascontiguousarray(importance.numpy())
+    weights = np.ascontiguousarray(means.numpy())
     out = np.zeros((rows, columns // block * size), np.uint8)
     floats = ctypes.POINTER(ctypes.c_float)
     written = library.ggml_quantize_chunk(
@@ -103,7 +120,7 @@ def _blocks(library: Any, kind: str, weight: Tensor, importance: Tensor) -> Tens
     )
     if written != out.nbytes:
         raise Missing(f"llama.cpp wrote {written} bytes of {kind} instead of {out.nbytes}")
-    return torch.from_numpy(gguf.quants.dequantize(out, ggml))
+    return torch.from_numpy(out)
 
 
 def bitsandbytes(grid: Width, model: nn.Module, lab: Lab) -> nn.Module:
