@@ -60,9 +60,9 @@ class Method:
     peer       another library's builder for a width
     ptq        a format's own rounding of a network, in place: of the float one, or with a loss of what ours made;
                neither this nor peer: ours, from `slot`
-    slot       words of the weight's slot at every width, `at` those that replace them at one width. The word `init` is
-               ours alone: how the weights start, "search" (as they are), "gptq" or "gptq latent", both with scales that
-               are searched for the inputs' error if "weighted" follows
+    slot       words of the weight's slot at every width, `at` those that replace them at one width. Two words are ours
+               alone: `init`, how the weights start, "search" (as they are), "gptq" or "gptq latent", both with scales
+               that are searched for the inputs' error if "weighted" follows; and `scale_rate`, in place of the method's
     input      words of the input's slot, where the width has one
     fold       words of the recipe's `fold`; where the network's parts are is the lab's to say
     recipe     more words of the recipe, like phases
@@ -177,7 +177,7 @@ def _peers(lab: Lab, method: Method, grid: Width, rate: float | None) -> nn.Modu
 def _ours(lab: Lab, method: Method, width: str, grid: Width, rate: float | None) -> nn.Module:
     coded = {"bits": grid.bits, "narrow": grid.narrow, "granularity": "channel"}
     words = {**coded, **method.slot, **grid.slot, **method.at.get(width, {})}
-    init = words.pop("init", "search")
+    init, scale_rate = words.pop("init", "search"), words.pop("scale_rate", method.scale_rate)
     rule = {"weight": words} if grid.input is None else {"weight": words, "input": {**grid.input, **method.input}}
     more = {**method.recipe, "fold": {**method.fold, "network": lab.network}} if method.fold else method.recipe
     model = lab.copy()
@@ -194,7 +194,7 @@ def _ours(lab: Lab, method: Method, width: str, grid: Width, rate: float | None)
         # hidden states are compared in one basis
         distill.attach(model, distill.freeze(folded), loss=method.loss, hidden=method.hidden)
     scales = list(learned_scales(model).values())
-    apart = [(scales, method.scale_rate)] if scales and method.scale_rate != 1.0 else []
+    apart = [(scales, scale_rate)] if scales and scale_rate != 1.0 else []
     _train(lab, method, model, rate, after=lambda optimizer: qat.after_optimizer_step(model, optimizer), rates=apart)
     if method.loss is None and grid.input is not None:
         _show(model, lab)

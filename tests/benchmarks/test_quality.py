@@ -84,6 +84,16 @@ def test_longer_trainings_begin_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(lab.batch(1, step), usual.batch(1, step)) for step in range(lab.steps))
 
 
+def test_scale_rates(lab: BytesLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A width's word goes before the method's. Mutations: the word ignored; the method's forgotten."""
+    seen = []
+    monkeypatch.setattr(methods, "_train", lambda *_, rates, **more: seen.append([rate for _, rate in rates]))
+    method = replace(LSQ, at={"W4": {"scale_rate": 0.5}}, scale_rate=0.1)
+    for width, one in (("W4", method), ("W3", method), ("W3", method.varied(scale_rate=1.0))):
+        methods.measured("x", one, width, WIDTHS[width], lab, 1e-4)
+    assert seen == [[0.5], [0.1], []]
+
+
 @pytest.mark.parametrize("fold", ["rotate", "smooth", "awq"])
 def test_folded_methods(lab: BytesLM, fold: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures differ from those without, and hidden states are compared in the basis of the student.
