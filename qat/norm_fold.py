@@ -11,8 +11,9 @@ The norm keeps its module, its parameters and its keys. Which statistics normali
                                      and beta learn through them
 
 So codes and scales mean the same in both. The variance of f moves once per optimizer step (`folded_variance`, a buffer
-that is in no checkpoint), not with each batch; across processes it is that of rank 0. A channel whose gamma is 0 gives
-zeros before the freeze.
+that is in no checkpoint), not with each batch; across processes it is that of rank 0. Kept scales follow it: what was
+searched or loaded, times what f has grown by since, so that their share of f stays; one scale for all rows by what the
+largest number has grown. A channel whose gamma is 0 gives zeros before the freeze.
 
 The pairs come from a recipe or from the order in which a module lists its children, which proves nothing. So each eager
 call checks that the norm gets what its layer gave, and `qat.bypass` and the export that nobody else reads it.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat.batch_norm import normalize_held
+from qat.codes import forget_codes_of
 from qat.errors import QATError
 from qat.node import inside
 from qat.reparam import Reparam
@@ -40,6 +43,30 @@ if TYPE_CHECKING:
 TYPES = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 VARIANCE = "folded_variance"
 _FIX = "name the right pairs in batch_norm.pairs, {layer: norm}, or set batch_norm.fold: false"
+
+
+@dataclass
+class _Growth:
+    """Scales of one quantizer follow a variance, always from the same numbers so that no rounding adds up.
+
+    starts      kept fields [R, G] or [1, 1] as they were searched or loaded
+    variance    [R] that went with them
+    last        the fields that were set last: a row where others are now was changed from outside (an average, a
+                freeze of learned scales), and starts anew
+    """
+
+    starts: tuple[Tensor, ...]
+    variance: Tensor
+    last: tuple[Tensor, ...]
+
+    def move(self, found: tuple[Tensor, ...], variance: Tensor) -> None:
+        self.starts, self.last = (tuple(t.to(variance.device) for t in ts) for ts in (self.starts, self.last))
+        changed = torch.stack([(a != b).any(1) for a, b in zip(found, self.last, strict=True)]).any(0)
+        self.variance = torch.where(changed, variance, self.variance.to(variance))
+        self.starts = tuple(torch.where(changed[:, None], a, b) for a, b in zip(found, self.starts, strict=True))
+
+    def grown(self, ratio: Tensor) -> tuple[Tensor, ...]:
+        return tuple((start.double() * ratio).float() for start in self.starts)
 
 
 class BatchNormFold(Reparam):
@@ -56,6 +83,9 @@ class BatchNormFold(Reparam):
         # what the layer gave last, its version, and whether the norm got it
         self._given: tuple[weakref.ref[Tensor], int] | None = None
         self.arrived = True
+        # the running variance that was followed last, and its version
+        self._followed: tuple[Tensor, int] | None = None
+        self._growth: _Growth | None = None
         variance: Tensor = norm.running_var  # type: ignore[assignment]
         layer.register_buffer(VARIANCE, variance.detach().clone(), persistent=False)
         self.take(norm)
@@ -73,7 +103,7 @@ class BatchNormFold(Reparam):
         self.norm.__class__ = type(self.norm).__mro__[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_given": None, "arrived": True}
+        return {**self.__dict__, "_given": None, "arrived": True, "_followed": None}
 
     # ---- the weight ------------------------------------------------------------------------------------------------
 
@@ -84,18 +114,52 @@ class BatchNormFold(Reparam):
         if hasattr(gamma, "placements") or hasattr(gamma, "ds_id"):
             layer, norm = self.names
             raise QATError(f"{norm} is folded into {layer} and sharded; train under DDP, or set batch_norm.fold: false")
+        if not self.norm.training and not torch.compiler.is_compiling():
+            self.refresh()
         return gamma, self.layer._buffers[VARIANCE]  # type: ignore[return-value]
 
     @property
     def undoes(self) -> bool:  # type: ignore[override]
         return not self.held
 
+    @torch.no_grad()
     def follow(self) -> None:
-        """The running variance as it is now is what weights are multiplied with from here on."""
+        """The running variance as it is now is what weights are multiplied with from here on, and scales follow it."""
         mine: Any = self.layer._buffers[VARIANCE]
-        if not mine.is_meta and not self.norm.running_var.is_meta:
-            # in place, so that codes are seen to be old
-            mine.copy_(self.norm.running_var)
+        now: Tensor = self.norm.running_var
+        if mine.is_meta or now.is_meta:
+            return
+        self._followed = now, _version(now)
+        quantizer: Any = self.layer._modules["weight_quantizer"]
+        if quantizer.rewritten:
+            # a search, or a checkpoint with both
+            quantizer.rewritten, self._growth = False, None
+            mine.copy_(now)
+        starts = _copies(quantizer.starts())
+        if starts:
+            if self._growth is None:
+                self._growth = _Growth(starts, mine.clone(), starts)
+            self._growth.move(starts, now.to(mine))
+            quantizer.start_from(self._growth.grown(self._grown_by(self._growth.variance, now, len(starts[0]))))
+            self._growth.last = _copies(quantizer.starts())
+        # in place, so that codes are seen to be old
+        mine.copy_(now)
+
+    def _grown_by(self, before: Tensor, now: Tensor, rows: int) -> Tensor:
+        """f now over f before, fp64 [R, 1], gamma apart; of a scale for all rows [1, 1], of the largest number."""
+        old, new = (torch.rsqrt(v.double() + self.norm.eps) for v in (before, now))
+        if rows == len(old):
+            return (new / old)[:, None]
+        weight: Any = self.layer.weight
+        largest = weight.detach().double().flatten(1).abs().amax(1) * self.norm.weight.double().abs()
+        ratio: Tensor = (largest * new).amax() / (largest * old).amax()
+        return ratio.nan_to_num(nan=1.0).reshape(1, 1)
+
+    def refresh(self) -> None:
+        """Frozen statistics that something else changed (an average, a load, an edit) are followed."""
+        now = self.norm.running_var
+        if self.held and (self._followed is None or self._followed[0] is not now or self._followed[1] != _version(now)):
+            self.follow()
 
     def _factor(self, gamma: Tensor, variance: Tensor) -> Tensor:
         """f, fp32 [O]; in fp64 on the way, where a root and a quotient are the same on every machine."""
@@ -136,7 +200,7 @@ class BatchNormFold(Reparam):
 
     def gave(self, y: Tensor) -> None:
         if not torch.compiler.is_compiling():
-            self._given, self.arrived = (weakref.ref(y), -1 if y.is_inference() else y._version), False
+            self._given, self.arrived = (weakref.ref(y), _version(y)), False
 
     def given(self) -> Tensor | None:
         """What the layer gave last, while it is alive."""
@@ -147,12 +211,20 @@ class BatchNormFold(Reparam):
         if torch.compiler.is_compiling():
             return
         layer, norm = self.names
-        version = -1 if x.is_inference() else x._version
-        if x is not self.given() or self._given is None or self._given[1] != version:
+        if x is not self.given() or self._given is None or self._given[1] != _version(x):
             raise QATError(f"{norm} is folded into {layer}, but gets something else than {layer} gave; {_FIX}")
         if x.dim() != self.layer.weight.dim():  # type: ignore[operator]
             raise QATError(f"{norm} gets {x.dim()} dimensions, of which the second is no channel of {layer}; {_FIX}")
         self.arrived = True
+
+
+def _copies(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.clone() for t in found)
+
+
+def _version(t: Tensor) -> int:
+    # tensors made in inference mode have no counter
+    return -1 if t.is_inference() else t._version
 
 
 def _by_row(factor: Tensor, like: Tensor) -> Tensor:
@@ -176,6 +248,12 @@ class FoldedBatchNorm(nn.Module):
             if not fold.layer._qat.active:  # type: ignore[union-attr]
                 return normalize_held(self, x)
             return x.clone() if fold.watched else x
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self._qat_fold.held:
+            self._qat_fold.follow()
+            forget_codes_of(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _revive, (type(self).__mro__[2],), self.__dict__

@@ -53,6 +53,8 @@ def initialize(model: nn.Module, *, force: bool = False) -> None:
 @torch.no_grad()
 def search_scales(layers: dict[str, QATLayer], force: bool) -> None:
     for name, layer in layers.items():
+        for reparam in layer._qat.reparams.values():
+            reparam.follow()
         for key, quantizer in weight_quantizers(layer).items():
             weight = layer._parameters[key]
             assert weight is not None

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from folded_nets import LATE, X, deployed, net, recipe, seasoned, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,11 +25,9 @@ from qat.batch_norm import is_held, reestimate_batch_norm
 from qat.export import get_format
 from qat.norm_fold import FoldedBatchNorm, folds_of
 from qat.quantizers import quantizers
-from qat.recipes import Recipe, from_dict
+from qat.recipes import from_dict
 from qat.steps import qat_layers
 
-LATE = {"learn": {"steps": 2}, "settle": {"freeze_batch_norm": True}}
-X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 2 + 1
 KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 4, bias=False), lambda: nn.BatchNorm1d(4), (8, 6)),
     "conv1d": (lambda: nn.Conv1d(6, 4, 3), lambda: nn.BatchNorm1d(4), (8, 6, 5)),
@@ -38,70 +37,6 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[i
 }
 
 
-def seasoned(model: nn.Module) -> nn.Module:
-    """Norms as training leaves them."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for norm in model.modules():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                for tensor, low, high in (
-                    (norm.weight, -2.0, 2.0),
-                    (norm.bias, -1.0, 1.0),
-                    (norm.running_mean, -1.0, 1.0),
-                    (norm.running_var, 0.2, 3.0),
-                ):
-                    tensor.copy_(torch.rand(len(tensor), generator=generator) * (high - low) + low)  # type: ignore[union-attr, arg-type]
-    return model
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    last = nn.Conv2d(4, 5, 1)
-    return seasoned(
-        nn.Sequential(
-            nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), last, nn.BatchNorm2d(5), nn.ReLU()
-        )
-    )
-
-
-def recipe(pairs: Any = None, phases: Any = None, types: Any = ("Conv2d", "Linear"), **weight: Any) -> Recipe:
-    slot = {"bits": 8, "granularity": "channel", "quantizer": "lsq", **weight}
-    return from_dict(
-        {
-            "name": "n",
-            "rules": {"layers": {"types": list(types), "weight": slot}},
-            "phases": phases or {"qat": {"freeze_batch_norm": True}},
-            "batch_norm": {"fold": True, "pairs": pairs or {}},
-        }
-    )
-
-
-def train(model: nn.Module, steps: int = 3, x: Tensor = X) -> list[float]:
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(learning, 0.05)
-    losses = []
-    for _ in range(steps):
-        loss = model(x).square().mean()
-        loss.backward()
-        # DDP would wait for the others
-        assert all(p.grad is not None for p in learning)
-        optimizer.step()
-        optimizer.zero_grad()
-        qat.after_optimizer_step(model, optimizer)
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def deployed(model: nn.Module) -> nn.Module:
-    """What a consumer has: no norms, the weights and biases of the bundle."""
-    bundle = qat.convert(model)
-    plain, layers = bundle.plain()
-    for name in bundle:
-        layers[name.rpartition(".")[0]].weight = nn.Parameter(bundle[name].dequantize())
-    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in plain.modules())
-    return plain
-
-
 # ---- the law -------------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +44,8 @@ def deployed(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("phases", [None, LATE], ids=["from the start", "late"])
 def test_what_is_trained_is_what_is_exported(name: str, phases: Any) -> None:
     zero = "none" if "none" in quantizers()[name].zero_points else "int"
-    grid = {"grid": "ternary", "bits": 2} if name == "absmean" else {"bits": 4}
+    grid: dict[str, Any] = {"absmean": {"grid": "ternary", "bits": 2}, "dual_lsq": {"grid": "nf4", "bits": 4}}.get(name, {})
+    grid = grid or {"bits": 4}
     model = net().train()
     qat.prepare(model, recipe(phases=phases, quantizer=name, zero_point=zero, **grid))
     train(model)
