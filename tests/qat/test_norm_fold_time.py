@@ -150,6 +150,29 @@ def test_a_loaded_pair_is_where_scales_start() -> None:
         assert error(other[0]) < 0.05  # type: ignore[index]
 
 
+# ---- the freeze ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_final_before_the_freeze() -> None:
+    model = net().train()
+    qat.prepare(model, recipe(phases=LATE))
+    for step in range(4):
+        assert qat.apply_schedule(model).final == (step >= 2)
+        if step < 2:
+            with pytest.raises(qat.ExportError, match="it is from step 2 on"):
+                qat.convert(model)
+        train(model, 1)
+
+
+def test_statistics_that_are_frozen_are_not_found_anew_without_a_word() -> None:
+    model = net().train()
+    qat.prepare(model, recipe(phases=LATE))
+    assert qat.reestimate_batch_norm(model, [X]) == 2
+    train(model, 2)
+    with pytest.raises(qat.QATError, match="before the first step of that phase"):
+        qat.reestimate_batch_norm(model, [X])
+
+
 # ---- variances that something else changes --------------------------------------------------------------------------
 
 
