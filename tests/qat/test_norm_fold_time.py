@@ -2,7 +2,7 @@
 
 Mutations tried, one at a time, each turns a test red: scales that stay; scales that grow from those of the last step;
 a loaded pair that grows from the searched one; no look at the variance before a search, in eval, in `convert`, after a
-load; the ratio of the first row for a scale of all rows.
+load.
 """
 
 from __future__ import annotations
