@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import qat
-from qat.batch_norm import hold_batch_norm, reestimate_batch_norm
+from qat.batch_norm import batch_norms, hold_batch_norm, is_held, reestimate_batch_norm
 from qat.bypass import planned_weights
 from qat.callbacks.lightning import is_a
 from qat.callbacks.patches import Patch
@@ -96,6 +96,8 @@ def settle_batch_norm(trainer: Trainer, pl_module: LightningModule, count: int, 
     that were just told to keep their statistics, too."""
     if held:
         hold_batch_norm(pl_module, False)
+    elif all(map(is_held, batch_norms(pl_module))):
+        return
     with _calibration(trainer, pl_module, "", count) as (batches, forward):
         reestimate_batch_norm(pl_module, batches, forward)
     if held:

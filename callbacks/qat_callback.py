@@ -237,9 +237,6 @@ class QATCallback(AnyCallback):
             # the weights learn under these statistics from now on
             self._settled = state.record.step
             self._settle_batch_norm(trainer, pl_module, held=True)
-            if self.recipe.batch_norm.fold and state.record.step == 0:
-                # no scale has learned yet, and the variances that weights are multiplied with are others now
-                qat.initialize(pl_module)
 
     def _settle_batch_norm(self, trainer: Trainer, pl_module: LightningModule, held: bool = False) -> None:
         if self.recipe.batch_norm.reestimate and qat.apply_schedule(pl_module).active:

@@ -89,9 +89,14 @@ def reestimate_batch_norm(
 
     forward   runs the model on one batch; None: model(batch), or model(*batch) for a tuple or a list
 
-    Raises QATError if there is no batch.
+    Raises QATError if there is no batch, or if all norms are held.
     """
     norms = [norm for norm in batch_norms(model) if not is_held(norm)]
+    if not norms and batch_norms(model):
+        raise QATError(
+            "the batch norms are frozen by a phase, and the weights learn under the statistics that they have; call "
+            "qat.reestimate_batch_norm before the first step of that phase (where it is the first: before qat.prepare)"
+        )
     if not norms:
         return 0
     run = forward or _call

@@ -107,18 +107,22 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.paused or is_inside():
+        if self.paused:
+            return out
+        # a layer of ours may read it as well
+        self._note_early(func, (args, kwargs), out)
+        if is_inside():
             return out
         touched = {self._owner(leaf) for leaf in tree_leaves((args, kwargs))} - {None}
         # a view or an in-place result hands the weight on; only an op with a fresh result has used it
         passed_on = {self._owner(leaf) for leaf in tree_leaves(out)}
         for name in sorted(str(name) for name in touched - passed_on):
             self.found.setdefault(name, str(func))
-        self._note_early(func, (args, kwargs), out)
         return out
 
     def _note_early(self, func: Any, given: Any, out: Any) -> None:
-        waiting = {y.untyped_storage().data_ptr(): fold for fold in self.folds if (y := fold.given()) is not None}
+        folds = [fold for fold in self.folds if not fold.reads]
+        waiting = {y.untyped_storage().data_ptr(): fold for fold in folds if (y := fold.given()) is not None}
         # of a backward inside the step it is no use
         if not waiting or "backward" in str(func):
             return
@@ -148,7 +152,7 @@ def watched(model: nn.Module) -> Iterator[None]:
     watch = _Watch(weights, folds)
     hooks = [register_optimizer_step_pre_hook(watch.pause), register_optimizer_step_post_hook(watch.go_on)]
     for fold in folds:
-        fold.watched, fold.arrived = True, True
+        fold.watched, fold.arrived, fold.lost = True, True, False
     try:
         with watch:
             yield
@@ -159,11 +163,11 @@ def watched(model: nn.Module) -> Iterator[None]:
             fold.watched = False
     for fold in folds:
         layer, norm = fold.names
-        op = watch.early.get(layer) or (None if fold.arrived else "nothing of it")
+        op = watch.early.get(layer) or (None if fold.arrived and not fold.lost else "nothing of it")
         if op is not None:
             raise QATError(
-                f"{norm} is folded into {layer}, but {op} reads what {layer} gives without the norm; leave the pair "
-                "out of batch_norm.pairs, or set batch_norm.fold: false"
+                f"{norm} is folded into {layer}, but {op} reads what {layer} gives without the norm; list the "
+                "other pairs in batch_norm.pairs, or set batch_norm.fold: false"
             )
     if watch.found:
         name, op = next(iter(watch.found.items()))

@@ -239,6 +239,8 @@ def convert(model: nn.Module, *, weights: str = "last", require_final: bool = Tr
         first = schedule_of(model).first_final_step()
         when = f"it is from step {first} on" if first is not None else "no phase of the recipe brings it fully on"
         raise ExportError(f"at step {state.record.step} the quantization is not fully on ({when}); train on first")
+    for fold in folds_of(model):
+        fold.refresh()
     for name, layer in qat_layers(model).items() if require_final else ():
         quantizer = input_quantizer(layer)
         seen = getattr(quantizer, "seen", None)

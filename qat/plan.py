@@ -18,7 +18,7 @@ from qat.errors import QATError
 from qat.fake_quant_kernels.int8_linear import LONGEST
 from qat.layers import TYPES, layer_type, listed_name, original_class
 from qat.layout import Layout
-from qat.norm_fold import find_pairs
+from qat.norm_pairs import find_pairs
 from qat.quantizers import Quantizer, quantizer_class
 from qat.recipes.schema import Recipe, Rule, Slot
 from qat.specs import QuantSpec

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qat.adapters import Adapters, let_go, refuse_later, take_in
 from qat.batch_norm import hold_batch_norm
 from qat.bypass import close_fast_paths, reopen_fast_paths
-from qat.errors import QATError
+from qat.errors import QATError, refuse_if
 from qat.layers import (
     Live,
     QATLayer,
@@ -31,7 +31,7 @@ from qat.layers import (
     weight_quantizers,
 )
 from qat.layout import Layout
-from qat.norm_fold import BatchNormFold, folds_of
+from qat.norm_fold import BatchNormFold, dead_reasons, folds_of
 from qat.oscillation import add_counts
 from qat.plan import Plan, PlanRow, make_plan
 from qat.quantizers import Quantizer, make_quantizer
@@ -149,7 +149,7 @@ def _insert(model: nn.Module, state: QATState, found: Plan, search: bool) -> Non
         if not isinstance(layer, QATLayer):
             reparam: Reparam | None = take_in(wrappers[row.name]) if row.name in wrappers else None
             if row.norm:
-                reparam = BatchNormFold(layer, model.get_submodule(row.norm), (row.name, row.norm))
+                reparam = BatchNormFold(layer, model, (row.name, row.norm))
             _swap(layer, row, shared, reparam)
             if counts:
                 for key, quantizer in layer._modules.items():
@@ -165,6 +165,8 @@ def _insert(model: nn.Module, state: QATState, found: Plan, search: bool) -> Non
         search_scales(fresh, force=False)
         state.record.initialized = True
     apply_schedule(model)
+    if search and fresh:
+        refuse_if(dead_reasons(model), "batch_norm.fold", QATError)
     for layer in qat_layers(model).values():
         layer._qat.root, layer._qat.real = state, state.real
     state.record.adapters = _scalings(model)

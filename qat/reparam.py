@@ -55,6 +55,9 @@ class Reparam:
         """The bias that goes with the weight."""
         return bias
 
+    def follow(self) -> None:
+        """What goes into the weight beside its factors is what it is now."""
+
     def gave(self, y: Tensor) -> None:
         """The layer returns y."""
 

@@ -25,11 +25,13 @@ class State:
     dampen: float = 0.0
     # learned scales move, codes stay
     fix_codes: bool = False
+    # norms are folded, and their statistics still move
+    unsettled: bool = False
 
     @property
     def final(self) -> bool:
         """Whether a forward now computes what an export would pack."""
-        return self.active and self.strength >= 1.0 and not self.bits
+        return self.active and self.strength >= 1.0 and not self.bits and not self.unsettled
 
 
 class Schedule:
@@ -38,6 +40,7 @@ class Schedule:
     def __init__(self, recipe: Any) -> None:
         self.phases: list[tuple[int, str, Any]] = []
         self.own = {name: rule.weight.bits for name, rule in recipe.rules.items() if rule.weight is not None}
+        self.folds: bool = recipe.batch_norm.fold
         start = 0
         last = list(recipe.phases)[-1]
         for name, phase in recipe.phases.items():
@@ -64,6 +67,7 @@ class Schedule:
             phase.freeze_oscillating,
             phase.dampen,
             phase.train == "scales",
+            self.folds and not phase.freeze_batch_norm,
         )
 
     def first_final_step(self) -> int | None:

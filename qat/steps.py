@@ -53,6 +53,8 @@ def initialize(model: nn.Module, *, force: bool = False) -> None:
 @torch.no_grad()
 def search_scales(layers: dict[str, QATLayer], force: bool) -> None:
     for name, layer in layers.items():
+        for reparam in layer._qat.reparams.values():
+            reparam.follow()
         for key, quantizer in weight_quantizers(layer).items():
             weight = layer._parameters[key]
             assert weight is not None
@@ -162,11 +164,10 @@ def _find_norms(model: nn.Module, state: QATState) -> None:
     """Norms that are folded are those of these names, whatever module stands there now."""
     pairs = [(row.name, row.norm) for row in state.known_plan().rows if row.norm]
     root = prepared_root(model) if pairs else model
-    for name, norm in pairs:
+    for name, _ in pairs:
         layer: Any = root.get_submodule(name)
         fold: BatchNormFold = layer._qat.reparams["weight"]
-        if root.get_submodule(norm) is not fold.norm:
-            fold.take(root.get_submodule(norm))
+        fold.find(root)
 
 
 def holds_from_now(state: QATState) -> bool:

@@ -36,6 +36,7 @@ LAYERS = {
     "layers": 3,
     "node": 3,
     "norm_fold": 3,
+    "norm_pairs": 3,
     "ops": 3,
     "oscillation": 3,
     "plan": 3,

@@ -55,12 +55,11 @@ class Quantizer(nn.Module):
         self.layout = layout
         # bits for the current phase; the deployed spec unless the schedule says otherwise
         self.live_spec = spec
-        # scales stop learning and ranges stop moving
-        self.frozen = False
+        self.frozen = False  # scales stop learning and ranges stop moving
         # codes stay those of the fields that were stored, and the scale alone moves (EfficientQAT's E2E-QP)
         self.codes_fixed = False
-        # the last state dict that was loaded had nothing for this quantizer
-        self.absent = False
+        self.rewritten = False  # kept fields were searched or loaded, and belong to the weight as it is
+        self.absent = False  # the last state dict that was loaded had nothing for this quantizer
         self.build()
 
     def build(self) -> None:
@@ -80,6 +79,13 @@ class Quantizer(nn.Module):
     def start_fields(self) -> Fields:
         """`qparams` where learned scales started: under these `codes_fixed` keeps the codes of a weight."""
         raise TypeError(f"{type(self).__name__} learns no scale, so its codes need not be fixed")
+
+    def starts(self) -> tuple[Tensor, ...]:
+        """Kept fields that grow with the weight, fp32 [R, G] or [1, 1] each; of a dynamic scale none."""
+        return ()
+
+    def start_from(self, grown: tuple[Tensor, ...]) -> None:
+        """Keep these, as they can be stored, in the place of `starts`."""
 
     def fused(self, w_RK: Tensor, spec: QuantSpec, form: str) -> tuple[Tensor, Fields] | None:
         """Codes (in a form of `fake_quant_kernels.pack`) and fields of a dynamic scale in one pass over the data, the
@@ -291,6 +297,7 @@ class Quantizer(nn.Module):
         # A float checkpoint has no quantizer state: keep what was initialised instead of failing the strict load.
         # With some keys of this quantizer, or with a record (`qat.prepare`), the rest is missed as ever.
         self.absent = not any(key.startswith(prefix) for key in state_dict)
+        self.rewritten |= not self.absent
         missing: list[str] = []
         args = (*args[:2], missing if self.absent else args[2], *args[3:])
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -66,6 +66,14 @@ class DualLsq(Lsq):
         super().store(found)
         self.start_pre.copy_(split(_GRID.project(self.stored(self.start_fields()).scale), _GRID.parts))
 
+    def starts(self) -> tuple[Tensor, ...]:
+        return *super().starts(), joined(self.start_pre)
+
+    @torch.no_grad()
+    def start_from(self, grown: tuple[Tensor, ...]) -> None:
+        super().start_from(grown)
+        self.start_pre.copy_(split(_GRID.project(grown[-1]), _GRID.parts))
+
     def learned(self) -> tuple[nn.Parameter, ...]:
         return self.theta, self.phi
 

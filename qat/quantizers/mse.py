@@ -181,6 +181,7 @@ class Stored(Quantizer):
     def store(self, found: Fields) -> None:
         """Keep stored fields [R, G]."""
         parts = self.spec.scale_grid.parts
+        self.rewritten = True
         self.start_scale.copy_(split(found.scale, parts))
         if found.zero is not None and self.start_zero is not None:
             self.start_zero.copy_(found.zero.unsqueeze(0))
@@ -198,6 +199,17 @@ class Stored(Quantizer):
             if zero is not None:
                 zero = live.qmin + torch.round((zero - own.qmin) * (live.steps / own.steps))
         return Fields(scale, zero, minimum)
+
+    def starts(self) -> tuple[Tensor, ...]:
+        scale = joined(self.start_scale)
+        return (scale,) if self.start_minimum is None else (scale, joined(self.start_minimum))
+
+    @torch.no_grad()
+    def start_from(self, grown: tuple[Tensor, ...]) -> None:
+        stored = self.spec.scale_grid
+        self.start_scale.copy_(split(stored.project(grown[0], self.spec.signed_scale), stored.parts))
+        if self.start_minimum is not None:
+            self.start_minimum.copy_(split(stored.project_minimum(grown[1]), stored.parts))
 
     def start_fields(self) -> Fields:
         scale, zero, minimum = self.start()

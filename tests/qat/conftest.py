@@ -1,13 +1,17 @@
-"""Small recipes for the tests of the core."""
+"""Small recipes for the tests of the core; makes `folded_nets` importable."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qat.recipes import Recipe, from_dict
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 Build = Callable[..., Recipe]
 

@@ -16,19 +16,17 @@ from typing import Any
 
 import pytest
 import torch
+from folded_nets import LATE, X, deployed, net, recipe, seasoned, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qat
 from qat.batch_norm import is_held, reestimate_batch_norm
-from qat.export import get_format
 from qat.norm_fold import FoldedBatchNorm, folds_of
 from qat.quantizers import quantizers
-from qat.recipes import Recipe, from_dict
+from qat.recipes import from_dict
 from qat.steps import qat_layers
 
-LATE = {"learn": {"steps": 2}, "settle": {"freeze_batch_norm": True}}
-X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 2 + 1
 KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 4, bias=False), lambda: nn.BatchNorm1d(4), (8, 6)),
     "conv1d": (lambda: nn.Conv1d(6, 4, 3), lambda: nn.BatchNorm1d(4), (8, 6, 5)),
@@ -38,70 +36,6 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[i
 }
 
 
-def seasoned(model: nn.Module) -> nn.Module:
-    """Norms as training leaves them."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for norm in model.modules():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                for tensor, low, high in (
-                    (norm.weight, -2.0, 2.0),
-                    (norm.bias, -1.0, 1.0),
-                    (norm.running_mean, -1.0, 1.0),
-                    (norm.running_var, 0.2, 3.0),
-                ):
-                    tensor.copy_(torch.rand(len(tensor), generator=generator) * (high - low) + low)  # type: ignore[union-attr, arg-type]
-    return model
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    last = nn.Conv2d(4, 5, 1)
-    return seasoned(
-        nn.Sequential(
-            nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), last, nn.BatchNorm2d(5), nn.ReLU()
-        )
-    )
-
-
-def recipe(pairs: Any = None, phases: Any = None, types: Any = ("Conv2d", "Linear"), **weight: Any) -> Recipe:
-    slot = {"bits": 8, "granularity": "channel", "quantizer": "lsq", **weight}
-    return from_dict(
-        {
-            "name": "n",
-            "rules": {"layers": {"types": list(types), "weight": slot}},
-            "phases": phases or {"qat": {"freeze_batch_norm": True}},
-            "batch_norm": {"fold": True, "pairs": pairs or {}},
-        }
-    )
-
-
-def train(model: nn.Module, steps: int = 3, x: Tensor = X) -> list[float]:
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(learning, 0.05)
-    losses = []
-    for _ in range(steps):
-        loss = model(x).square().mean()
-        loss.backward()
-        # DDP would wait for the others
-        assert all(p.grad is not None for p in learning)
-        optimizer.step()
-        optimizer.zero_grad()
-        qat.after_optimizer_step(model, optimizer)
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def deployed(model: nn.Module) -> nn.Module:
-    """What a consumer has: no norms, the weights and biases of the bundle."""
-    bundle = qat.convert(model)
-    plain, layers = bundle.plain()
-    for name in bundle:
-        layers[name.rpartition(".")[0]].weight = nn.Parameter(bundle[name].dequantize())
-    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in plain.modules())
-    return plain
-
-
 # ---- the law -------------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +43,8 @@ def deployed(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("phases", [None, LATE], ids=["from the start", "late"])
 def test_what_is_trained_is_what_is_exported(name: str, phases: Any) -> None:
     zero = "none" if "none" in quantizers()[name].zero_points else "int"
-    grid = {"grid": "ternary", "bits": 2} if name == "absmean" else {"bits": 4}
+    own: dict[str, Any] = {"absmean": {"grid": "ternary", "bits": 2}, "dual_lsq": {"grid": "nf4", "bits": 4}}
+    grid = own.get(name, {"bits": 4})
     model = net().train()
     qat.prepare(model, recipe(phases=phases, quantizer=name, zero_point=zero, **grid))
     train(model)
@@ -211,10 +146,19 @@ def test_a_float_phase_is_the_unprepared_model() -> None:
 def test_gammas_that_are_all_zero_are_refused_where_they_could_not_learn() -> None:
     model = net().train()
     nn.init.zeros_(model[1].weight)  # type: ignore[arg-type]
-    late = copy.deepcopy(model)
-    qat.prepare(late, recipe(phases=LATE))
-    with pytest.raises(qat.QATError, match=r"every gamma of 1 is 0 \(zero_init_residual\?\), .* freeze_batch_norm"):
-        train(late, 1)
+    late, loaded = copy.deepcopy(model), copy.deepcopy(model)
+    why = r"every gamma of 1 is 0 \(zero_init_residual\?\), .* freeze_batch_norm"
+    with pytest.raises(qat.QATError, match=why):
+        qat.prepare(late, recipe(phases=LATE))
+    assert not qat.is_prepared(late)
+    # weights come later, or not at all
+    qat.prepare(loaded, recipe(phases=LATE), search=False)
+    with pytest.raises(qat.QATError, match=why):
+        train(loaded, 1)
+    with torch.device("meta"):
+        nowhere = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    qat.prepare(nowhere, recipe(phases=LATE))
+    qat.initialize(nowhere)
     qat.prepare(model, recipe())
     train(model)
     assert bool(model[1].weight.any())  # type: ignore[union-attr, operator]
@@ -275,6 +219,22 @@ def test_a_norm_that_another_library_put_there_is_found() -> None:
     assert torch.equal(deployed(synced)(X), synced.eval()(X))
 
 
+def test_a_norm_that_was_replaced_normalizes_once() -> None:
+    model = net().eval()
+    qat.prepare(model, recipe())
+    expected = model(X)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert torch.equal(synced(X), expected)
+    again = nn.SyncBatchNorm.convert_sync_batchnorm(synced)
+    qat.unprepare(again)
+    assert not any("folded_variance" in m._buffers or "_qat_fold" in m.__dict__ for m in again.modules())
+    assert type(again[1]) is nn.SyncBatchNorm
+    qat.prepare(model, recipe())
+    model[1] = nn.Identity()  # type: ignore[operator]
+    with pytest.raises(qat.QATError, match="1 is folded into 0, but a Identity is in its place now"):
+        model(X)
+
+
 def test_compiled_layers_give_the_same_numbers() -> None:
     torch._dynamo.reset()
     model = net().train()
@@ -300,110 +260,6 @@ def test_compiled_layers_give_the_same_numbers() -> None:
         weight, bias = made()
         assert torch.equal(weight, fold.weight(w, *fold.factors)) and torch.equal(bias, fold.folded_bias())
     torch._dynamo.reset()
-
-
-# ---- refused -------------------------------------------------------------------------------------------------------
-
-
-class Apart(nn.Module):
-    """Lists a norm after a convolution; `mode` says what its forward does."""
-
-    def __init__(self, mode: str) -> None:
-        super().__init__()
-        self.conv, self.norm, self.mode = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), mode
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv(x)
-        if self.mode == "other":
-            return self.norm(y * 2)  # type: ignore[no-any-return]
-        if self.mode == "in place":
-            return self.norm(y.mul_(2))  # type: ignore[no-any-return]
-        if self.mode == "skip":
-            return self.norm(y) + y  # type: ignore[no-any-return]
-        if self.mode == "early":
-            return y.mean() + self.norm(y)  # type: ignore[no-any-return]
-        if self.mode == "none":
-            return y
-        return self.norm(y)  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("phases", [None, LATE], ids=["from the start", "late"])
-@pytest.mark.parametrize("mode", ["fine", "other", "in place", "skip", "early", "none"])
-def test_a_pair_that_is_none_is_refused(mode: str, phases: Any) -> None:
-    model = seasoned(Apart(mode)).train()
-    qat.prepare(model, recipe(phases=phases))
-    if mode == "fine":
-        qat.rehearse(model, X)
-        return
-    with pytest.raises(qat.QATError, match=r"norm is folded into conv, but .* batch_norm\.fold: false"):
-        qat.rehearse(model, X)
-    if mode in ("other", "in place"):
-        # in every call
-        with pytest.raises(qat.QATError, match="gets something else than conv gave"):
-            model(X)
-
-
-def test_features_on_the_last_dimension_are_no_channels() -> None:
-    model = seasoned(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))
-    qat.prepare(model, recipe())
-    with pytest.raises(qat.QATError, match="1 gets 3 dimensions, of which the second is no channel of 0"):
-        model(torch.randn(8, 4, 6))
-
-
-class Named(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norms = nn.ModuleDict({"a": nn.BatchNorm2d(4), "b": nn.BatchNorm2d(4, affine=False)})
-        self.convs = nn.ModuleDict({"a": nn.Conv2d(3, 4, 1), "b": nn.Conv2d(4, 4, 1)})
-        self.up, self.after = nn.ConvTranspose2d(4, 4, 1), nn.BatchNorm2d(4)
-        self.free = nn.BatchNorm2d(4, track_running_stats=False)
-        self.layer = nn.LayerNorm(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convs["b"](self.norms["a"](self.convs["a"](x)))  # type: ignore[no-any-return]
-
-
-def test_pairs_have_names() -> None:
-    model = Named()
-    plan = qat.prepare(model, recipe({"convs.a": "norms.a"}))
-    assert {row.name: row.norm for row in plan.rows} == {"convs.a": "norms.a", "convs.b": ""}
-    assert "with norms.a" in plan.render()
-    inside = nn.ModuleDict({"model": net()})
-    found = qat.plan(inside, recipe())
-    assert {row.norm for row in found.rows} == {"model.1", "model.4"}
-
-
-@pytest.mark.parametrize(
-    "pairs, types, why",
-    [
-        ({"convs.*": "norms.*"}, (), "norms.b has no weight and bias to fold"),
-        ({"convs.a": "free"}, (), "free keeps no statistics to fold"),
-        ({"convs.a": "layer"}, (), "layer is a LayerNorm and no batch norm"),
-        ({"convs.a": "norms.c"}, (), "'norms.c', after convs.a, names nothing in this model"),
-        ({"conv": "norms.a"}, (), "'conv' names no layer whose weight is quantized"),
-        ({"convs.*": "norms.a"}, (), "norms.a is after convs.a and convs.b"),
-        ({"up": "after"}, ("ConvTranspose2d",), "layer with type ConvTranspose2d; allowed: Linear, Conv1d"),
-        ({}, ("Conv2d",), "finds no quantized layer with a batch norm right after it"),
-    ],
-)
-def test_pairs_that_cannot_be_folded_are_refused(pairs: Any, types: Any, why: str) -> None:
-    with pytest.raises(qat.QATError) as problem:
-        qat.plan(Named(), recipe(pairs, types=types))
-    assert why in str(problem.value)
-
-
-def test_a_shared_weight_has_no_norm_of_its_own() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-    model[2].weight = model[0].weight
-    with pytest.raises(qat.QATError, match="its weight is that of 2 too, which 1 does not follow"):
-        qat.plan(model, recipe())
-
-
-def test_a_format_of_tensors_has_no_place_for_a_bias_that_was_a_norm() -> None:
-    model = seasoned(nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32)))
-    plan = qat.prepare(model, recipe(types=["Linear"]))
-    assert "use onnx or openvino, or fold: false" in get_format("compressed-tensors").check(plan)[0]
-    assert get_format("onnx").check(plan) == []
 
 
 def test_layers_without_a_norm_are_as_they_were() -> None:

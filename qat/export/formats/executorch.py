@@ -77,6 +77,11 @@ class ExecuTorch(Format):
         if set(row.kinds.values()) - {"linear", "transposed"}:
             return [f"executorch holds no quantized {row.type}; {KEEP}"]
         found = [] if row.weight is None else _weight_reasons(row.weight, row.columns)
+        if row.norm:
+            found.append(
+                f"batch_norm.fold: nothing here proves that {row.norm} alone reads what the layer gives; use onnx or "
+                "openvino, or fold: false"
+            )
         if row.weight is None:
             found.append(f"weight=null with a rounded input: XNNPACK multiplies integers with integers; {KEEP}")
         if row.input is None:

@@ -215,8 +215,8 @@ class Builder:
             weight = self._behind(given.producer(), graph.WEIGHT) or self._behind(given.producer(), graph.LINEAR)
             if len(given.uses()) > 1 or given.is_graph_output() or weight != f"{layer}.weight":
                 raise ExportError(
-                    f"{norm} is folded into {layer}, but it is not the one reader of what {layer} gives; leave the "
-                    "pair out of batch_norm.pairs, or set batch_norm.fold: false"
+                    f"{norm} is folded into {layer}, but it is not the one reader of what {layer} gives; list the "
+                    "other pairs in batch_norm.pairs, or set batch_norm.fold: false"
                 )
             self.replace([mark], given)
         if not marks:
