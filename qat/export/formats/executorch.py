@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ from qat.adapters import Adapters
 from qat.convert import Bundle
 from qat.errors import ExportError
 from qat.export import graph, onnx_reader, pte_reader
-from qat.export.format import Format, TensorStream
+from qat.export.format import Format, TensorStream, versions_of
 from qat.export.hf_folder import load_tokenizer
 from qat.export.process import heard, silent, undisturbed
 from qat.layout import Layout
@@ -150,7 +149,7 @@ class ExecuTorch(Format):
         return f"executorch {version('executorch')}" if installed else "nothing: executorch is not installed"
 
     def versions(self) -> dict[str, str]:
-        return {name: version(name) for name in _PACKAGES if find_spec(name) is not None}
+        return versions_of({name: name for name in _PACKAGES})
 
 
 # ---- grids -----------------------------------------------------------------------------------------------------------
@@ -190,8 +189,8 @@ def _by_token(spec: QuantSpec) -> bool:
 def _traced(bundle: Bundle, weights: dict[str, Rows]) -> tuple[Any, set[str]]:
     """(the program of `torch.export`, names of the float tensors that it reads).
 
-    Sizes are those of the example inputs; the batch may be smaller, token ids and masks shorter. Raises ExportError if the
-    model cannot be traced or does not call a quantized layer.
+    Sizes are those of the example inputs; the batch may be smaller, token ids and masks shorter. Raises ExportError if
+    the model cannot be traced or does not call a quantized layer.
     """
     module, layers = bundle.plain()
     for name, owner in {**{name: name for name in bundle}, **bundle.tied}.items():
@@ -263,8 +262,8 @@ def _lowered(program: Any, told: str, path: Path) -> None:
     changed = sorted(set(edge.exported_program().graph_signature.buffers_to_mutate.values()))
     if changed:
         raise ExportError(
-            f"the forward of this model changes its buffer {changed[0]}, which would not be a constant of the file; leave "
-            "that out where the model is deployed"
+            f"the forward of this model changes its buffer {changed[0]}, which would not be a constant of the file; "
+            "leave that out in eval mode"
         )
     plan = next(plan for plan in made.executorch_program.execution_plan if plan.name == pte_reader.METHOD)
     left = sorted({op.name for op in plan.operators if op.name.startswith("quantized_decomposed")})

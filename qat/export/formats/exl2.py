@@ -137,7 +137,7 @@ class Exl2(HfFormat):
 
     def unpack(self, packed: dict[str, Tensor], spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> QTensor:
         """Raises ValueError for a tensor of several bits, of other groups, or whose inputs are in another order."""
-        inputs = layout.rows_shape[1]
+        outputs, inputs = layout.rows_shape
         bits, groups = spec.bits, inputs // (spec.group_size or inputs)
         if not torch.equal(packed["q_invperm"], torch.arange(inputs, dtype=torch.int32)):
             raise ValueError("q_invperm puts the inputs in another order")
@@ -145,7 +145,7 @@ class Exl2(HfFormat):
             raise ValueError(f"q_groups are not groups of {inputs // groups} with {bits} bits")
         u = unpack_bits(packed["q_weight"].T.contiguous(), bits, inputs)
         codes = (u - (1 << (bits - 1))).to(spec.grid.code_dtype)
-        k = unpack_bits(packed["q_scale"], 4, packed["q_scale"].shape[1] * 8).T + 1
+        k = unpack_bits(packed["q_scale"], 4, outputs).T + 1
         parts = {"k": k.to(torch.uint8).contiguous(), "largest": packed["q_scale_max"]}
         stored = SCALE_GRIDS["exl2"]
         assert isinstance(stored, TwoLevel)

@@ -316,7 +316,11 @@ def test_layers_that_are_not_called_and_buffers_that_change(tmp_path: Path) -> N
     rule = {"weight": GRIDS["int4"], "input": BY_TOKEN}
     for counts, layer, words in (
         (False, "*", r"idle.weight is not read by the graph of this model; give its layer add a rule"),
-        (True, "layer", "the forward of this model changes its buffer calls, which would not be a constant of the file"),
+        (
+            True,
+            "layer",
+            "the forward of this model changes its buffer calls, which would not be a constant of the file",
+        ),
     ):
         bundle = prepared(Idle(counts), {"l": {"match": [layer], **rule}})
         with pytest.raises(ExportError, match=words):

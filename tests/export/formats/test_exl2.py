@@ -438,6 +438,13 @@ def test_prescales_where_they_reach(key: str, make_model: Any, refused: Any) -> 
     refused(None if neutral else f"config has {key}=1", model, head=head)
 
 
+def test_a_folder_of_the_name_is_no_exllamav2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "exllamav2").mkdir()
+    (tmp_path / "exllamav2" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert set(Exl2().versions()) == {"transformers", "safetensors"}
+
+
 def test_exl3_is_refused_in_words() -> None:
     with pytest.raises(QATError, match=r"exl3.* trellis .* nearest format is exl2") as problem:
         get_format("exl3")
