@@ -72,8 +72,8 @@ def export(
     `tokenizer` is a transformers tokenizer or a folder that holds one. `weights` (last | best | ema) is only recorded.
     `example_inputs`, for formats that hold a graph (onnx, openvino, executorch), is what the deployed module is called
     with: a tensor, a tuple of arguments or a dict of keyword arguments. None: the module's `example_input_array`, or
-    what a transformers config says. Batch sizes of two or more stay free in the graph (executorch plans its memory for
-    the example's sizes).
+    what a transformers config says. Batch sizes of two or more stay free in the graph; executorch plans its memory for
+    the example's sizes, and takes smaller batches and shorter texts.
     The files are written beside `folder`, read back by the consumer's own code, compared, and renamed into place:
     on any error nothing is left. Under torch.distributed every rank calls this; rank 0 writes.
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import distributions, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -219,6 +221,16 @@ class Format(ABC):
     def versions(self) -> dict[str, str]:
         """Versions of the packages that write and read this format, for the receipt."""
         return {}
+
+
+def present(distribution: str, module: str) -> bool:
+    """Whether a package is there; a folder of its name that Python would import is not."""
+    return any(distributions(name=distribution)) and find_spec(module) is not None
+
+
+def versions_of(packages: Mapping[str, str]) -> dict[str, str]:
+    """Distribution -> version, of those (with their modules) that are there."""
+    return {name: version(name) for name, module in packages.items() if present(name, module)}
 
 
 def _names(names: list[str]) -> str:

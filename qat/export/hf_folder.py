@@ -100,7 +100,10 @@ def model_dtype(module: nn.Module) -> torch.dtype:
 
 
 def write_config(folder: Path, module: nn.Module, quantization: dict[str, Any]) -> None:
-    """config.json (and generation_config.json) of a transformers model with a quantization_config."""
+    """config.json (and generation_config.json) of a transformers model with a quantization_config.
+
+    Rotary settings are in it under the names of transformers 4 too: exllamav2 and mlx_lm know no others.
+    """
     config: Any = copy.deepcopy(module.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -108,10 +111,36 @@ def write_config(folder: Path, module: nn.Module, quantization: dict[str, Any]) 
     data["architectures"] = [class_name(module)]
     data["dtype"] = str(model_dtype(module)).removeprefix("torch.")
     data["quantization_config"] = quantization
+    _add_older_rope(data)
     (folder / "config.json").write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     generation = getattr(module, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(str(folder))
+
+
+def _add_older_rope(config: dict[str, Any]) -> None:
+    """Add what transformers 4 calls `rope_parameters`, to configs inside this one too; 5 reads the same from both.
+
+    Settings by kind of layer had no older names, but for Gemma 3's.
+    """
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, dict):
+            _add_older_rope(value)
+    rope = config.get("rope_parameters") or {}
+    if config.get("model_type") == "gemma3_text" and "full_attention" in rope:
+        config.setdefault("rope_local_base_freq", rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
+    if "rope_theta" not in rope:
+        return
+    apart = ("rope_theta", "partial_rotary_factor")
+    found = {key: rope[key] for key in apart if key in rope}
+    scaling = {key: value for key, value in rope.items() if key not in (*apart, "type")}
+    if scaling != {"rope_type": "default"}:
+        found["rope_scaling"] = scaling
+    if scaling.get("rope_type") == "longrope" and "original_max_position_embeddings" in scaling:
+        found["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    for key, value in found.items():
+        config.setdefault(key, value)
 
 
 def class_name(module: nn.Module) -> str:

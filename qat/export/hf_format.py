@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from importlib.metadata import distributions, version
-from importlib.util import find_spec
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from qat.convert import Bundle
 from qat.errors import ExportError
 from qat.export import hf_folder
-from qat.export.format import Format, Stored, TensorStream
+from qat.export.format import Format, Stored, TensorStream, present, versions_of
 from qat.qtensor import Fields, QTensor
 from qat.specs import QuantSpec
 
@@ -164,12 +163,11 @@ class HfFormat(Format):
         return f"{self.consumer[0]} {version(self.consumer[0])}" if self.installed() else "qat"
 
     def installed(self) -> bool:
-        """Whether the consumer's code is there; a folder of its name that Python would import is not."""
-        return any(distributions(name=self.consumer[0])) and find_spec(self.consumer[1]) is not None
+        """Whether the consumer's code is there."""
+        return present(*self.consumer)
 
     def versions(self) -> dict[str, str]:
-        packages = (self.consumer, *((name, name) for name in self.packages))
-        return {name: version(name) for name, module in packages if find_spec(module) is not None}
+        return versions_of(dict((self.consumer, *((name, name) for name in self.packages))))
 
 
 def layer_of(parameter: str) -> str:

@@ -48,7 +48,12 @@ def heard() -> Iterator[Callable[[], str]]:
     try:
         with tempfile.TemporaryFile() as file:
             os.dup2(file.fileno(), 2)
-            yield lambda: os.pread(file.fileno(), 1 << 20, 0).decode(errors="replace")
+
+            def words() -> str:
+                file.seek(0)
+                return file.read().decode(errors="replace")
+
+            yield words
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)

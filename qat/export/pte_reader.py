@@ -25,8 +25,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib import resources
-from importlib.metadata import distributions
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import ExportError
+from qat.export.format import present
 from qat.export.onnx_reader import guarded, said
 from qat.export.process import silent, undisturbed
 
@@ -55,8 +54,8 @@ Lazy = Callable[[], Tensor]
 
 
 def installed() -> bool:
-    """Whether ExecuTorch is there; a folder of its name that Python would import is not."""
-    return any(distributions(name="executorch")) and find_spec("executorch") is not None
+    """Whether ExecuTorch is there."""
+    return present("executorch", "executorch")
 
 
 def digest(*tensors: Tensor) -> str:

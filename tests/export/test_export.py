@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 
 import qat
 from qat.errors import ExportError, QATError
 from qat.export import export, get_format, rehearse_export
 from qat.export.formats.gguf import Gguf
-from qat.export.hf_folder import ShardWriter
+from qat.export.hf_folder import ShardWriter, write_config
 from qat.verify import verify
 
 
@@ -79,6 +81,67 @@ def test_weights_are_as_readable_as_their_neighbours(tmp_path: Path, limit: int)
         writer.add({name: torch.zeros(4)})
     writer.close()
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+LLAMA3: dict[str, Any] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 32
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+
+
+# Turned red by any key that is not written, and by `rope_scaling` for a Gemma 3 without its own branch.
+@pytest.mark.parametrize(
+    ("kind", "changes", "older"),
+    [
+        ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
+        ("Llama", {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}}, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+        # an older file: a config keeps both names of the type, of which exllamav2 takes one
+        (
+            "Llama",
+            {"rope_theta": 2e4, "rope_scaling": {"type": "linear", "factor": 8.0}},
+            {"rope_theta": 2e4, "rope_scaling": LINEAR},
+        ),
+        (
+            "Phi3",
+            {"rope_parameters": {"rope_theta": 1e4, **LONG}, "original_max_position_embeddings": 64},
+            {
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 1.0,
+                "rope_scaling": {**LONG, "original_max_position_embeddings": 64},
+            },
+        ),
+        (
+            "Glm",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.25},
+        ),
+        (
+            "Gemma3Text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 2e6, **LINEAR},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+                }
+            },
+            {"rope_theta": 2e6, "rope_local_base_freq": 2e4, "rope_scaling": LINEAR},
+        ),
+        # kinds of layers that never had older names
+        ("ModernBertDecoder", {}, {}),
+    ],
+)
+def test_rotary_settings_have_their_older_names_too(
+    kind: str, changes: dict[str, Any], older: dict[str, Any], make_model: Any, tmp_path: Path
+) -> None:
+    model = make_model(kind, **{"pad_token_id": 0, "head_dim": 16, **changes})
+    write_config(tmp_path, model, {"quant_method": "none"})
+    found = json.loads((tmp_path / "config.json").read_text())
+    names = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
+    assert {key: found[key] for key in names if key in found} == older
+    assert kind != "Phi3" or found["original_max_position_embeddings"] == 64
+    again = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+    theirs, ours = (json.loads(json.dumps(rope)) for rope in (again, model.config.rope_parameters))
+    ours.pop("type", None)
+    assert theirs == ours
 
 
 def test_wrong_arguments(bundle: qat.Bundle, tmp_path: Path) -> None:

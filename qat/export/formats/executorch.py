@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ from qat.adapters import Adapters
 from qat.convert import Bundle
 from qat.errors import ExportError
 from qat.export import graph, onnx_reader, pte_reader
-from qat.export.format import Format, TensorStream
+from qat.export.format import Format, TensorStream, versions_of
 from qat.export.hf_folder import load_tokenizer
 from qat.export.process import heard, silent, undisturbed
 from qat.layout import Layout
@@ -44,6 +43,8 @@ from qat.specs import QuantSpec
 FILE = "model.pte"
 KEEP = "add a rule {match: [its name], keep_float: true}"
 CODES, SCALE = "codes", "scale"
+# a buffer of a traced layer
+_CODES = "quantized_codes"
 # XNNPACK cuts rows into blocks of this many numbers
 _BLOCK = 32
 # batch and tokens of inputs made from a config: memory is planned for the longest
@@ -153,7 +154,7 @@ class ExecuTorch(Format):
         return f"executorch {version('executorch')}" if installed else "nothing: executorch is not installed"
 
     def versions(self) -> dict[str, str]:
-        return {name: version(name) for name in _PACKAGES if find_spec(name) is not None}
+        return versions_of({name: name for name in _PACKAGES})
 
 
 # ---- grids -----------------------------------------------------------------------------------------------------------
@@ -193,32 +194,37 @@ def _by_token(spec: QuantSpec) -> bool:
 def _traced(bundle: Bundle, weights: dict[str, Rows]) -> tuple[Any, set[str]]:
     """(the program of `torch.export`, names of the float tensors that it reads).
 
-    Sizes are those of the example inputs; token ids and masks may be shorter. Raises ExportError if the model cannot be
-    traced.
+    Sizes are those of the example inputs; the batch may be smaller, token ids and masks shorter. Raises ExportError if
+    the model cannot be traced or does not call a quantized layer.
     """
     module, layers = bundle.plain()
     for name, owner in {**{name: name for name in bundle}, **bundle.tied}.items():
         layer, rows = layers[name.rpartition(".")[0]], weights[owner]
-        layer.register_buffer("quantized_codes", rows.codes)
+        layer.register_buffer(_CODES, rows.codes)
         layer.register_buffer("quantized_scale", rows.scale)
         layer.register_buffer("quantized_zero", torch.zeros(rows.scale.shape, dtype=torch.int8))
         layer.forward = MethodType(_multiplied(rows), layer)
     config: Any = getattr(module, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False
-    (args, kwargs), shapes = graph.call_of(bundle, module, _shorter, _SIZES)
+    (args, kwargs), shapes = graph.call_of(bundle, module, _smaller, _SIZES)
     with graph.tracing(bundle):
         program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     live, rename = bundle.parameters, Adapters(bundle.module).name
+    names = {rename(name) for name in graph.parameters_read(program)}
+    called = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] == _CODES}
+    called |= {bundle.tied.get(f"{layer}.weight", "").rpartition(".")[0] for layer in called}
+    lost = next((name for name in bundle if name.rpartition(".")[0] not in called), None)
+    if lost is not None:
+        raise ExportError(f"{lost} is not read by the graph of this model; give its layer {KEEP}")
     # a tensor that the model has under two names is read under one of them
-    read = {id(live[name]) for name in map(rename, graph.parameters_read(program)) if name in live}
+    read = {id(live[name]) for name in names if name in live}
     return program, {name for name in bundle.floats if id(live[name]) in read}
 
 
-def _shorter(value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.is_floating_point() or value.dim() < 2 or value.shape[1] < 2:
-        return None
-    return {1: torch.export.Dim.AUTO(max=value.shape[1])}
+def _smaller(value: Any) -> Any:
+    dims = graph.free_dims(value)
+    return dims and {dim: torch.export.Dim.AUTO(max=value.shape[dim]) for dim in dims}
 
 
 def _multiplied(rows: Rows) -> Any:
@@ -243,7 +249,8 @@ def _multiplied(rows: Rows) -> Any:
 
 
 def _lowered(program: Any, told: str, path: Path) -> None:
-    """The file of a program. Raises ExportError if a layer of integers is left that XNNPACK does not compute."""
+    """The file of a program. Raises ExportError if a layer of integers is left that XNNPACK does not compute, or if the
+    program changes a buffer."""
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
@@ -257,6 +264,12 @@ def _lowered(program: Any, told: str, path: Path) -> None:
         made = edge.to_executorch()
     except Exception as problem:
         raise ExportError(f"ExecuTorch cannot lower the graph of this model ({onnx_reader.said(problem)})") from None
+    changed = sorted(set(edge.exported_program().graph_signature.buffers_to_mutate.values()))
+    if changed:
+        raise ExportError(
+            f"the forward of this model changes its buffer {changed[0]}, which would not be a constant of the file; "
+            "leave that out in eval mode"
+        )
     plan = next(plan for plan in made.executorch_program.execution_plan if plan.name == pte_reader.METHOD)
     left = sorted({op.name for op in plan.operators if op.name.startswith("quantized_decomposed")})
     if left:

@@ -37,6 +37,7 @@ from qat.export.format import TensorStream
 from qat.export.hf_format import HOLDS, KEEP, HfFormat, layer_of, targets
 from qat.export.packed_groups import check_tensor, head_of
 from qat.export.packing import pack_bits, unpack_bits
+from qat.layers import layer_type
 from qat.layout import Layout
 from qat.plan import PlanRow
 from qat.qtensor import Fields, QTensor
@@ -49,8 +50,15 @@ BITS = (2, 3, 4, 5, 6, 8)
 RUN = 32
 _STEP = {bits: RUN // 2 if bits == 2 else RUN for bits in BITS}
 _NEAREST = "nearest: granularity: group, group_size: 32, scale: exl2"
-# what exllamav2 multiplies into the scales of some layers before it rounds them, if config.json has it
-_PRESCALES = ("logit_scale", "logits_scaling", "dim_model_base", "residual_multiplier", "scale_depth")
+# exllamav2 counts inputs in uint16
+MOST = 1 << 16
+# several matrices in one, which exllamav2 cuts and therefore loads in float only
+FUSED = ("qkv_proj", "Wqkv", "wqkv", "c_attn", "qkv", "gate_up_proj", "w12")
+# layers of one module that exllamav2 takes quantized together or in float together
+_MLPS = (("gate_proj", "up_proj", "down_proj"), ("c_fc", "c_proj"))
+# what exllamav2 multiplies into scales before it rounds them if config.json has it, and what would change nothing
+_HEAD: dict[str, object] = {"logit_scale": 1, "logits_scaling": 1, "dim_model_base": None}
+_RESIDUAL: dict[str, object] = {"residual_multiplier": 1, "scale_depth": None}
 
 
 class Exl2(HfFormat):
@@ -69,6 +77,10 @@ class Exl2(HfFormat):
         found = []
         if set(row.kinds.values()) - {"linear"} or set(row.kinds) - {"weight"}:
             found.append(f"exl2 holds quantized Linear layers, not {row.type}; {KEEP}")
+        if _leaf(row.name) in FUSED:
+            found.append(
+                f"exllamav2 cuts {_leaf(row.name)} into matrices, which it cannot where it is quantized; {KEEP}"
+            )
         if row.input is not None:
             found.append("exl2 holds no input quantization; set input: null in its rule")
         spec = row.weight
@@ -82,6 +94,8 @@ class Exl2(HfFormat):
             found.append(f"bits={spec.bits}: exl2 has {', '.join(map(str, BITS))}; nearest: bits: {nearest}")
         if (spec.group_size or 0) % RUN:
             found.append(f"group_size={spec.group_size}: exl2 has groups of a multiple of {RUN}; {_NEAREST}")
+        if row.columns > MOST:
+            found.append(f"{row.columns} inputs: exllamav2 counts up to {MOST}; {KEEP}")
         return found
 
     def holds(self, spec: QuantSpec) -> tuple[torch.dtype, ...]:
@@ -99,32 +113,25 @@ class Exl2(HfFormat):
                 f"{bias}: exllamav2 takes biases of quantized layers in fp16 only, which would round it; call "
                 f"model.to(torch.float16) before training, or {KEEP}"
             )
-        said = {key: getattr(bundle.config, key, None) for key in _PRESCALES}
-        scaled = next((f"{key}={value}" for key, value in said.items() if value not in (None, 1)), None)
-        if scaled is not None:
+        experts = (name for name, m in bundle.module.named_modules() if (layer_type(m) or ("",))[0] == "Experts")
+        first = next(experts, None)
+        if first is not None:
             found.append(
-                f"the model's config has {scaled}, which exllamav2 multiplies into scales before it rounds them: its "
-                "weights would not be the trained ones; use another format"
+                f"{first} has all experts in one tensor: exllamav2 loads a matrix for each; use another format"
             )
-        return found
+        quantized = {layer_of(name) for name in (*bundle, *bundle.tied)}
+        return [*found, *_block_reasons(bundle.linears, quantized), *_prescale_reasons(bundle, quantized)]
 
     # ---- one tensor ----------------------------------------------------------------------------------------------
 
     def pack(self, name: str, weight: QTensor) -> dict[str, Tensor]:
-        """Local names -> tensors; output channels are filled up to a multiple of 32 with zeros of the least scale."""
-        bits, (outputs, inputs) = weight.spec.bits, weight.codes.shape
-        groups, middle = weight.scale.shape[1], 1 << (bits - 1)
-        filled = -(-outputs // RUN) * RUN
-        u = torch.full((filled, inputs), middle, dtype=torch.int16)
-        u[:outputs] = weight.codes.to(torch.int16) + middle
-        k = torch.zeros(groups, filled, dtype=torch.uint8)
-        k[:, :outputs] = weight.parts["k"].T - 1
-        first = torch.arange(groups, dtype=torch.int16) * (inputs // groups * bits // 32)
+        """Local names -> tensors."""
+        bits, inputs = weight.spec.bits, weight.codes.shape[1]
         return {
-            "q_weight": pack_bits(u, bits).T.contiguous(),
-            "q_scale": pack_bits(k, 4),
+            "q_weight": pack_bits(weight.codes.to(torch.int16) + (1 << (bits - 1)), bits).T.contiguous(),
+            "q_scale": pack_bits((weight.parts["k"].T - 1).contiguous(), 4),
             "q_scale_max": weight.parts["largest"],
-            "q_groups": torch.stack((torch.full_like(first, bits), first), 1).flatten(),
+            "q_groups": _q_groups(bits, weight.scale.shape[1], inputs),
             "q_invperm": torch.arange(inputs, dtype=torch.int32),
         }
 
@@ -134,12 +141,11 @@ class Exl2(HfFormat):
         bits, groups = spec.bits, inputs // (spec.group_size or inputs)
         if not torch.equal(packed["q_invperm"], torch.arange(inputs, dtype=torch.int32)):
             raise ValueError("q_invperm puts the inputs in another order")
-        first = torch.arange(groups, dtype=torch.int16) * (inputs // groups * bits // 32)
-        if not torch.equal(packed["q_groups"].reshape(-1, 2), torch.stack((torch.full_like(first, bits), first), 1)):
+        if not torch.equal(packed["q_groups"], _q_groups(bits, groups, inputs)):
             raise ValueError(f"q_groups are not groups of {inputs // groups} with {bits} bits")
-        u = unpack_bits(packed["q_weight"].T.contiguous(), bits, inputs)[:outputs]
+        u = unpack_bits(packed["q_weight"].T.contiguous(), bits, inputs)
         codes = (u - (1 << (bits - 1))).to(spec.grid.code_dtype)
-        k = unpack_bits(packed["q_scale"], 4, packed["q_scale"].shape[1] * 8)[:, :outputs].T + 1
+        k = unpack_bits(packed["q_scale"], 4, outputs).T + 1
         parts = {"k": k.to(torch.uint8).contiguous(), "largest": packed["q_scale_max"]}
         stored = SCALE_GRIDS["exl2"]
         assert isinstance(stored, TwoLevel)
@@ -189,6 +195,55 @@ class Exl2(HfFormat):
 
 
 _NAMES = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _block_reasons(linears: list[str], quantized: set[str]) -> list[str]:
+    """Why exllamav2 cannot load or run a block of which some layers are quantized; the first such block.
+
+    With q_proj in float it computes attention layer by layer, and any of them may be quantized.
+    """
+    blocks: dict[str, dict[str, bool]] = {}
+    for layer in linears:
+        blocks.setdefault(layer_of(layer), {})[_leaf(layer)] = layer in quantized
+    found = []
+    for block, layers in blocks.items():
+        parts = [{key: layers[key] for key in keys if key in layers} for keys in _MLPS]
+        if layers.get("q_proj"):
+            parts.append({key: layers[key] for key in ("q_proj", "k_proj", "v_proj", "o_proj") if key in layers})
+        for part in parts:
+            yes, no = ([key for key, each in part.items() if each is which] for which in (True, False))
+            if yes and no:
+                found.append(
+                    f"{block} has {', '.join(yes)} quantized and {', '.join(no)} in float, which exllamav2 cannot "
+                    "load; keep the whole block float, or quantize it whole"
+                )
+    return found[:1]
+
+
+def _prescale_reasons(bundle: Bundle, quantized: set[str]) -> list[str]:
+    """Why exllamav2 would round other scales than the trained ones."""
+    residual = any(_leaf(layer) in ("o_proj", "down_proj") for layer in quantized)
+    head = head_of(bundle) in quantized
+    found = []
+    for reached, neutral, what in ((head, _HEAD, "its head"), (residual, _RESIDUAL, "o_proj and down_proj")):
+        said = {key: getattr(bundle.config, key, None) for key in neutral}
+        scaled = next((f"{key}={value}" for key, value in said.items() if value not in (None, neutral[key])), None)
+        if reached and scaled is not None:
+            found.append(
+                f"the model's config has {scaled}, which exllamav2 multiplies into the scales of {what} before it "
+                "rounds them: those weights would not be the trained ones; keep these layers in float"
+            )
+    return found
+
+
+def _q_groups(bits: int, groups: int, inputs: int) -> Tensor:
+    """int16 [2 * G] of equal groups."""
+    first = torch.arange(groups) * (inputs // groups * bits // 32)
+    return torch.stack((torch.full_like(first, bits), first), 1).flatten().to(torch.int16)
 
 
 def stored_bits(spec: QuantSpec, shape: tuple[int, ...]) -> int:

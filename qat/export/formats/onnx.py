@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +26,7 @@ from torch import Tensor
 from qat.convert import Bundle
 from qat.errors import ExportError
 from qat.export import graph, onnx_reader, onnx_tensors
-from qat.export.format import Format, TensorStream
+from qat.export.format import Format, TensorStream, versions_of
 from qat.export.hf_folder import load_tokenizer
 from qat.layout import Layout
 from qat.plan import PlanRow
@@ -147,7 +146,7 @@ class Onnx(Format):
         return f"onnxruntime {version('onnxruntime')}" if onnx_reader.installed() else "qat"
 
     def versions(self) -> dict[str, str]:
-        return {name: version(name) for name in _PACKAGES if find_spec(name) is not None}
+        return versions_of({name: name for name in _PACKAGES})
 
 
 class Builder:

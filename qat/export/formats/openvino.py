@@ -27,7 +27,7 @@ from torch import Tensor
 from qat.convert import Bundle
 from qat.errors import ExportError
 from qat.export import onnx_reader, onnx_tensors
-from qat.export.format import TensorStream
+from qat.export.format import TensorStream, versions_of
 from qat.export.formats.onnx import FILE as ONNX_FILE
 from qat.export.formats.onnx import Onnx
 from qat.plan import PlanRow
@@ -115,7 +115,7 @@ class OpenVino(Onnx):
         return f"openvino {version('openvino')}" if installed else "nothing: openvino is not installed"
 
     def versions(self) -> dict[str, str]:
-        return {name: version(name) for name in _PACKAGES if find_spec(name) is not None}
+        return versions_of({name: name for name in _PACKAGES})
 
 
 def _node_of(model: Any, value: str) -> str:

@@ -15,6 +15,8 @@ Mutations that were tried one at a time, and the test that turned red for each:
     the input of a filter not looked at             test_a_weight_whose_input_is_not_rounded
     an exception that gets out of the reader        test_damaged_files
     the root logger not restored                    test_the_process_is_left_as_it_was
+    the batch of the example for constant           test_every_grid_is_what_executorch_computes
+    layers that nothing calls not looked for        test_layers_that_are_not_called_and_buffers_that_change
 """
 
 from __future__ import annotations
@@ -116,10 +118,15 @@ def test_every_grid_is_what_executorch_computes(tmp_path: Path) -> None:
         # a counter that no graph reads
         assert name == "norm.num_batches_tracked" or torch.equal(read[name], value), name
     assert len(verify(tmp_path / "out")) == len(read)
-    with torch.no_grad():
-        ours = model(X)
-    for (name, mine), theirs in zip(ours.items(), run(tmp_path / "out", X), strict=True):
-        assert float((mine - theirs).abs().max()) <= 1e-5 * float(mine.abs().max()), name
+    # memory is planned for a batch of 6
+    for batch in (6, 2, 1):
+        with torch.no_grad():
+            ours = model(X[:batch])
+        for (name, mine), theirs in zip(ours.items(), run(tmp_path / "out", X[:batch]), strict=True):
+            assert mine.shape == theirs.shape, name
+            assert float((mine - theirs).abs().max()) <= 1e-5 * float(mine.abs().max()), (name, batch)
+    with pytest.raises(RuntimeError):
+        run(tmp_path / "out", torch.cat((X, X)))
 
 
 @needs
@@ -143,6 +150,23 @@ def test_a_language_model_of_a_free_length(
         assert float((ours - theirs).abs().max()) <= 1e-2 * float(ours.abs().max()), length
     ran("executorch", "executorch", "Llama, 8da4w in groups of 32", logits=largest)
     assert {"config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@needs
+@pytest.mark.consumer
+@pytest.mark.slow
+def test_a_language_model_of_a_free_batch(make_model: Any, quantize: Any, tmp_path: Path) -> None:
+    model = make_model(num_hidden_layers=1)
+    bundle = quantize(model, {"bits": 4}, input=BY_TOKEN, head={"match": ["lm_head"], "keep_float": True})
+    example = torch.ones(2, 16, dtype=torch.int64)
+    export(bundle, tmp_path / "out", "executorch", example_inputs={"input_ids": example, "attention_mask": example})
+    for shape in ((2, 16), (1, 5), (2, 1), (1, 1)):
+        ids = torch.randint(0, 320, shape, generator=torch.Generator().manual_seed(shape[1]))
+        (theirs,) = run(tmp_path / "out", ids, torch.ones_like(ids))
+        with torch.no_grad():
+            ours = model(ids).logits
+        assert theirs.shape == ours.shape, shape
+        assert float((ours - theirs).abs().max()) <= 1e-2 * float(ours.abs().max()), shape
 
 
 @needs
@@ -273,6 +297,35 @@ def test_models_that_cannot_be_traced(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="Branch cannot be traced with these example inputs"):
         export(bundle, tmp_path / "out", "executorch", example_inputs=X)
     assert not (tmp_path / "out").exists()
+
+
+@needs
+def test_layers_that_are_not_called_and_buffers_that_change(tmp_path: Path) -> None:
+    class Idle(nn.Module):
+        def __init__(self, counts: bool) -> None:
+            super().__init__()
+            self.layer, self.idle, self.counts = nn.Linear(64, 8), nn.Linear(64, 8), counts
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.counts:
+                self.calls.add_(1)
+            y: torch.Tensor = self.layer(x)
+            return y
+
+    rule = {"weight": GRIDS["int4"], "input": BY_TOKEN}
+    for counts, layer, words in (
+        (False, "*", r"idle.weight is not read by the graph of this model; give its layer add a rule"),
+        (
+            True,
+            "layer",
+            "the forward of this model changes its buffer calls, which would not be a constant of the file",
+        ),
+    ):
+        bundle = prepared(Idle(counts), {"l": {"match": [layer], **rule}})
+        with pytest.raises(ExportError, match=words):
+            export(bundle, tmp_path / "out", "executorch", example_inputs=X)
+        assert not (tmp_path / "out").exists()
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,9 @@ Mutations that were tried one at a time, and the test that turned red for each:
     one share of the largest scale / no neighbouring codes          test_the_search_looks_at_all_rows
     bits without scales, or with the head's                         test_what_is_written_reads_back
     biases in any dtype / prescales not looked for                  test_refusals_of_models
+    one share, of a mix, changed by a bit                           test_a_target_of_bits_per_weight
+    o_proj, or down_proj, left out of its block                     test_blocks_are_quantized_whole
+    a prescale of the head looked for in all layers                 test_prescales_where_they_reach
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from safetensors.torch import load_file
 import qat
 from qat.errors import IMPOSSIBLE_FORMATS, ExportError, QATError
 from qat.export import all_formats, export, formats_for, get_format
-from qat.export.formats.exl2 import BITS, Exl2, dequantized, stored_bits
+from qat.export.formats.exl2 import BITS, FUSED, MOST, Exl2, dequantized, stored_bits
+from qat.export.hf_format import KEEP
 from qat.layout import Layout
 from qat.plan import PlanRow
 from qat.qtensor import QTensor
@@ -304,18 +308,19 @@ def qat_thetas(model: torch.nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if name.endswith("theta")]
 
 
-@pytest.mark.parametrize(("target", "shares"), [(4.0, (3, 4)), (5.0, (4, 6)), (4.25, (4, 4))])
-def test_a_target_of_bits_per_weight(
-    target: float, shares: tuple[int, int], make_model: Any, quantize: Any, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("mlp", "attention"), [(3, 4), (4, 6), (6, 3)])
+def test_a_target_of_bits_per_weight(mlp: int, attention: int, make_model: Any, quantize: Any, tmp_path: Path) -> None:
     """Rules for layers make any average; at these sizes q_invperm alone is half a bit."""
-    low, high = shares
-    model = make_model(hidden_size=128, intermediate_size=256)
-    mlp = {"match": ["*mlp*"], "weight": {**EXL2, "bits": low, "granularity": "group", "group_size": 128}}
-    bundle = quantize(model, {**EXL2, "bits": high, "group_size": 128}, head=KEEP_HEAD, mlp=mlp)
+    model = make_model(hidden_size=128, intermediate_size=256, num_hidden_layers=1)
+    rule = {"match": ["*mlp*"], "weight": {**EXL2, "bits": mlp, "granularity": "group", "group_size": 128}}
+    bundle = quantize(model, {**EXL2, "bits": attention, "group_size": 128}, head=KEEP_HEAD, mlp=rule)
     export(bundle, tmp_path / "out", "exl2")
     found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert abs(found["bits"] - target) < 0.5 and found["head_bits"] == 16
+    shapes = [(128, 128, attention), (64, 128, attention), (64, 128, attention), (128, 128, attention)]
+    shapes += [(256, 128, mlp), (256, 128, mlp), (128, 256, mlp)]
+    # k of 4 bits for a group and an output; for a group M of 16 bits, its bits and its row; 32 bits for an input
+    stored = sum(o * i * bits + i // 128 * (4 * o + 16 + 16 + 16) + 32 * i for o, i, bits in shapes)
+    assert abs(found["bits"] - stored / sum(o * i for o, i, _ in shapes)) < 0.01 and found["head_bits"] == 16
 
 
 def test_refusals() -> None:
@@ -336,6 +341,11 @@ def test_refusals() -> None:
     given = QuantSpec(8, granularity="token", quantizer="absmax")
     assert "exl2 holds no input quantization; set input: null" in reasons(spec_of(), given)
     assert "exl2 holds quantized Linear layers" in reasons(spec_of(), kind="embedding")
+    for fused in FUSED:
+        row = PlanRow(f"layers.0.{fused}", "Linear", "r", spec_of(), None, 64 * 64, {"weight": "linear"}, 64)
+        assert f"exllamav2 cuts {fused} into matrices" in Exl2().row_reasons(row)[0]
+    row = PlanRow("x", "Linear", "r", spec_of(), None, 1 << 22, {"weight": "linear"}, MOST + 32)
+    assert Exl2().row_reasons(row) == ["65568 inputs: exllamav2 counts up to 65536; " + KEEP]
     for bits in BITS:
         row = PlanRow("x", "Linear", "r", spec_of(bits), None, 64 * 64, {"weight": "linear"}, 64)
         # nobody else rounds weights to fp16
@@ -346,26 +356,93 @@ def test_refusals() -> None:
     assert words in "; ".join(QuantSpec(4, scale="exl2").reasons())
 
 
-def test_refusals_of_models(make_model: Any, quantize: Any, tmp_path: Path) -> None:
-    def refused(words: str, model: torch.nn.Module, **rules: Any) -> None:
+@pytest.fixture
+def refused(quantize: Any, tmp_path: Path) -> Any:
+    """Whether an export is refused in words, or goes through where there are none."""
+
+    def check(words: str | None, model: torch.nn.Module, **rules: Any) -> None:
         bundle = quantize(model, EXL2, **{"head": KEEP_HEAD, **rules})
+        if words is None:
+            assert Exl2().check(bundle) == []
+            return
         with pytest.raises(ExportError, match=words) as problem:
             export(bundle, tmp_path / "out", "exl2")
         assert "\n" not in str(problem.value) and not (tmp_path / "out").exists()
 
-    refused(r"mlp.gate_proj.weight has 80 outputs, which exl2 packs by 32", make_model(intermediate_size=80), down=DOWN)
+    return check
+
+
+def test_refusals_of_models(make_model: Any, quantize: Any, refused: Any, tmp_path: Path) -> None:
+    refused(r"k_proj.weight has 48 outputs, which exl2 packs by 32", make_model(head_dim=24))
     for dtype in (FP32, BF16):
         said = "q_proj.bias: exllamav2 takes biases of quantized layers in fp16 only.*float16"
         refused(said, make_model("Qwen2", dtype=dtype))
-    scaled = make_model()
-    scaled.config.residual_multiplier = 0.22
-    refused("config has residual_multiplier=0.22, which exllamav2 multiplies into scales", scaled)
+        refused(None, make_model("Qwen2", dtype=dtype), **kept("q_proj", "k_proj", "v_proj"))
+    moe = make_model("Mixtral", num_local_experts=2)
+    refused("mlp.experts has all experts in one tensor: exllamav2 loads a matrix for each", moe)
+    refused("exllamav2 cuts qkv_proj into matrices", make_model("Phi3", pad_token_id=0))
+    refused(None, make_model("Phi3", pad_token_id=0), **kept("qkv_proj", "gate_up_proj"))
     export(quantize(make_model("Qwen2", dtype=FP16), EXL2, head=KEEP_HEAD), tmp_path / "out", "exl2")
     bias = "model.layers.0.self_attn.q_proj.bias"
     assert load_file(tmp_path / "out" / "model.safetensors")[bias].dtype == FP16
 
 
-DOWN = {"match": ["*down_proj"], "keep_float": True}
+def kept(*layers: str) -> dict[str, Any]:
+    """A rule that keeps layers of this name in float."""
+    return {"kept": {"match": [f"*{layer}" for layer in layers], "keep_float": True}}
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("k_proj",), "self_attn has q_proj, v_proj, o_proj quantized and k_proj in float"),
+        (("v_proj",), "self_attn has q_proj, k_proj, o_proj quantized and v_proj in float"),
+        (
+            ("o_proj",),
+            "self_attn has q_proj, k_proj, v_proj quantized and o_proj in float, which exllamav2 cannot load; ",
+        ),
+        (("k_proj", "v_proj", "o_proj"), "self_attn has q_proj quantized"),
+        # only a quantized q_proj asks for the others
+        (("q_proj",), None),
+        (("q_proj", "k_proj", "v_proj"), None),
+        (("self_attn.*_proj",), None),
+        (("gate_proj",), "mlp has up_proj, down_proj quantized and gate_proj in float"),
+        (("up_proj",), "mlp has gate_proj, down_proj quantized and up_proj in float"),
+        (("down_proj",), "mlp has gate_proj, up_proj quantized and down_proj in float"),
+        (("gate_proj", "up_proj"), "mlp has down_proj quantized .* keep the whole block float, or quantize it whole"),
+        (("mlp.*_proj",), None),
+    ],
+)
+def test_blocks_are_quantized_whole(names: tuple[str, ...], words: str | None, make_model: Any, refused: Any) -> None:
+    refused(words, make_model(num_hidden_layers=1), **kept(*names))
+
+
+@pytest.mark.parametrize(
+    "key", ["logit_scale", "logits_scaling", "dim_model_base", "residual_multiplier", "scale_depth"]
+)
+def test_prescales_where_they_reach(key: str, make_model: Any, refused: Any) -> None:
+    """Those of the head, and those of what is added to the residual stream."""
+    model = make_model(num_hidden_layers=1)
+    setattr(model.config, key, 4.0)
+    head = {"match": ["lm_head"], "weight": {**EXL2, "granularity": "group", "group_size": 32}}
+    of_head = key in ("logit_scale", "logits_scaling", "dim_model_base")
+    words = f"config has {key}=4.0, which exllamav2 multiplies into the scales of {'its head' if of_head else 'o_proj'}"
+    refused(None if of_head else words, model)
+    model = make_model(num_hidden_layers=1)
+    setattr(model.config, key, 4.0)
+    refused(words if of_head else None, model, head=head, **kept("self_attn.*_proj", "mlp.*_proj"))
+    model = make_model(num_hidden_layers=1)
+    setattr(model.config, key, 1)
+    # scale_depth is divided by the root of the layers, dim_model_base by the width
+    neutral = key not in ("scale_depth", "dim_model_base")
+    refused(None if neutral else f"config has {key}=1", model, head=head)
+
+
+def test_a_folder_of_the_name_is_no_exllamav2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "exllamav2").mkdir()
+    (tmp_path / "exllamav2" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert set(Exl2().versions()) == {"transformers", "safetensors"}
 
 
 def test_exl3_is_refused_in_words() -> None:
@@ -420,10 +497,10 @@ def test_tables_that_are_none(key: str, at: int, value: int, words: str) -> None
 @pytest.mark.parametrize("bits", [2, 8])
 def test_the_largest_weights_stay_finite(bits: int) -> None:
     """fp16 ends at 65504, and the lowest code of 8 bits times the largest scale has to fit."""
-    w = torch.tensor([[3e38, -3e38] * 16, [-7e4, 1.0] * 16])
+    w = torch.tensor([[3e38, -3e38] * 16, [-7e4, 1.0] * 16]).repeat(16, 1)
     for quantizer in ("absmax", "mse"):
-        made = make_quantizer(spec_of(bits, quantizer=quantizer), Layout((2, 32)))
+        made = make_quantizer(spec_of(bits, quantizer=quantizer), Layout((32, 32)))
         made.init_from(w)
         tensor = made.integers(w)
         assert bool(torch.isfinite(made(w)).all()) and torch.equal(made(w), tensor.dequantize())
-        assert torch.equal(read(Exl2().pack("x.weight", tensor)).float()[:2], tensor.dequantize())
+        assert torch.equal(read(Exl2().pack("x.weight", tensor)).float(), tensor.dequantize())
