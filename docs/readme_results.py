@@ -1,7 +1,8 @@
 """Write README's tables and picture from results files, so that every number in README was measured.
 
-    python docs/readme_results.py            benchmarks/results/{demo,cpu,backward,quality,trials}.json -> README.md,
-                                             docs/{cost,quality,experiments}.md and docs/results.svg
+    python docs/readme_results.py            benchmarks/results/{demo,cpu,backward,quality,trials,kquants}.json ->
+                                             README.md, docs/results.svg, docs/{cost,quality,experiments}.md and
+                                             docs/formats/gguf.md
     python docs/readme_results.py --check    change nothing; exit 1 if a page differs from what would be written
 
 A results file holds {"environment": {name: value}, "rows": [{suite, case, tool, metric, value, better}, ...]}; rows may
@@ -10,7 +11,7 @@ metric, in the order in which they come; the picture shows the metric that is dr
 become a table in docs/cost.md: a line for each case, a column for each tool, in each cell the two metrics of `CELL`;
 and one in README, of our tools beside the best of the others. Those of the suite `backward` become a table in
 docs/cost.md, those of `quality` one for each case in docs/quality.md: a line for each tool, a column for each width.
-Those of `trials` become one in docs/experiments.md.
+Those of `trials` become one in docs/experiments.md, those of `kquants` one in docs/formats/gguf.md.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ TRIALS = ROOT / "benchmarks" / "results" / "trials.json"
 TRIALS_START, TRIALS_END = "<!-- trials:start -->", "<!-- trials:end -->"
 TRIALS_COMMAND = "python -m benchmarks.quality --try"
 DEFAULT = "default"
+GGUF_PAGE = ROOT / "docs" / "formats" / "gguf.md"
+KQUANTS = ROOT / "benchmarks" / "results" / "kquants.json"
+KQUANTS_START, KQUANTS_END = "<!-- kquants:start -->", "<!-- kquants:end -->"
+KQUANTS_COMMAND = "python -m benchmarks.kquants"
 ARROWS = {"lower": "↓", "higher": "↑"}
 NOTHING_YET = "Run `make demo`: it measures on your machine and writes the table, the plots and the figures."
 
@@ -242,6 +247,13 @@ def trials_block(results: Path) -> str:
     return "\n".join([*lines, "", f"Measured by `{TRIALS_COMMAND}` with {measured}."])
 
 
+def kquants_block(results: Path) -> str:
+    """What stands between the markers of docs/formats/gguf.md."""
+    if not results.is_file():
+        return f"Run `{KQUANTS_COMMAND}`: it measures on your machine and writes the figures."
+    return table(*read(results, "kquants"), KQUANTS_COMMAND)
+
+
 def drawn(rows: list[Row]) -> str:
     names = list(dict.fromkeys(row["metric"] for row in rows))
     return next((name for name in names if name.lower().startswith(DRAWN)), names[0])
@@ -286,13 +298,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     options = parser.parse_args(arguments)
     try:
-        old = {page: page.read_text(encoding="utf-8") for page in (README, COST, QUALITY_PAGE, TRIALS_PAGE)}
+        old = {page: page.read_text(encoding="utf-8") for page in (README, COST, QUALITY_PAGE, TRIALS_PAGE, GGUF_PAGE)}
         first = replaced(replaced(old[README], block(RESULTS)), speed_block(SPEED), SPEED_START, SPEED_END)
         quality = replaced(old[QUALITY_PAGE], quality_block(QUALITY), QUALITY_START, QUALITY_END)
         cost = replaced(old[COST], speed_details(SPEED), SPEED_START, SPEED_END)
         cost = replaced(cost, backward_block(BACKWARD), BACKWARD_START, BACKWARD_END)
         trials = replaced(old[TRIALS_PAGE], trials_block(TRIALS), TRIALS_START, TRIALS_END)
-        new = {README: first, COST: cost, QUALITY_PAGE: quality, TRIALS_PAGE: trials}
+        kquants = replaced(old[GGUF_PAGE], kquants_block(KQUANTS), KQUANTS_START, KQUANTS_END)
+        new = {README: first, COST: cost, QUALITY_PAGE: quality, TRIALS_PAGE: trials, GGUF_PAGE: kquants}
         if options.check:
             return int(old != new)
         if RESULTS.is_file():

@@ -39,6 +39,9 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(generator, "QUALITY", tmp_path / "quality.json")
     monkeypatch.setattr(generator, "TRIALS_PAGE", tmp_path / "experiments.md")
     monkeypatch.setattr(generator, "TRIALS", tmp_path / "trials.json")
+    monkeypatch.setattr(generator, "GGUF_PAGE", tmp_path / "gguf.md")
+    monkeypatch.setattr(generator, "KQUANTS", tmp_path / "kquants.json")
+    (tmp_path / "gguf.md").write_text(f"d\n{generator.KQUANTS_START}\nold 4\n{generator.KQUANTS_END}\nw\n")
     second = f"{generator.SPEED_START}\nold 8\n{generator.SPEED_END}"
     third = f"{generator.BACKWARD_START}\nold 9\n{generator.BACKWARD_END}"
     (tmp_path / "cost.md").write_text(f"a\n{second}\n{third}\nz\n")
@@ -64,6 +67,9 @@ def test_readme_is_what_the_results_file_says() -> None:
     trials, fifth = generator.TRIALS_PAGE.read_text(encoding="utf-8"), generator.trials_block(generator.TRIALS)
     marks = generator.TRIALS_START, generator.TRIALS_END
     assert trials == generator.replaced(trials, fifth, *marks), "run `make docs`"
+    gguf, sixth = generator.GGUF_PAGE.read_text(encoding="utf-8"), generator.kquants_block(generator.KQUANTS)
+    marks = generator.KQUANTS_START, generator.KQUANTS_END
+    assert gguf == generator.replaced(gguf, sixth, *marks), "run `make docs`"
     assert generator.RESULTS.is_file() == generator.PICTURE.is_file()
 
 
@@ -165,6 +171,16 @@ def test_writes_variants_beside_the_default(tree: Path) -> None:
     assert generator.main([]) == 0
     page = (tree / "experiments.md").read_text(encoding="utf-8")
     assert "| default | 0.5 |" in page and "| another | 0.25 (0.50) |" in page and "old 5" not in page
+
+
+def test_writes_what_llama_cpp_computes(tree: Path) -> None:
+    fields = {"suite": "kquants", "case": "Q2_K", "tool": "qat", "metric": "kl", "value": 0.25, "better": "lower"}
+    other = {**fields, "suite": "kquants seed 0", "value": 0.75}
+    (tree / "kquants.json").write_text(json.dumps({"environment": {"seeds": "0 1 2"}, "rows": [fields, other]}))
+    assert generator.main([]) == 0
+    page = (tree / "gguf.md").read_text(encoding="utf-8")
+    assert "| Q2_K | qat | 0.25 |" in page and "old 4" not in page and "0.75" not in page
+    assert "Mean of 3 seeds, measured by `python -m benchmarks.kquants`" in page
 
 
 def test_means_say_of_how_many_seeds() -> None:
