@@ -45,8 +45,8 @@ def specs() -> Iterator[QuantSpec]:
     axes = product(range(1, 9), SIGNS, ("tensor", "channel", "group"), ("none", "int", "float"), SCALE_GRIDS)
     for bits, (signed, narrow), granularity, zero, scale in axes:
         spec = QuantSpec(bits, signed, narrow, granularity, 24 if granularity == "group" else None, zero, scale, "mse")
-        # powers of two have candidates of their own
-        if not spec.reasons() and scale != "e8m0":
+        # powers of two have candidates of their own, and what all rows share is chosen for all of them
+        if not spec.reasons() and scale not in ("e8m0", "exl2"):
             yield spec
 
 
