@@ -37,7 +37,6 @@ from qat.export.format import TensorStream
 from qat.export.hf_format import HOLDS, KEEP, HfFormat, layer_of, targets
 from qat.export.packed_groups import check_tensor, head_of
 from qat.export.packing import pack_bits, unpack_bits
-from qat.layers import layer_type
 from qat.layout import Layout
 from qat.plan import PlanRow
 from qat.qtensor import Fields, QTensor
@@ -113,8 +112,8 @@ class Exl2(HfFormat):
                 f"{bias}: exllamav2 takes biases of quantized layers in fp16 only, which would round it; call "
                 f"model.to(torch.float16) before training, or {KEEP}"
             )
-        experts = (name for name, m in bundle.module.named_modules() if (layer_type(m) or ("",))[0] == "Experts")
-        first = next(experts, None)
+        # of the models that exllamav2 knows nothing else has three dimensions
+        first = next((layer_of(name) for name, value in bundle.parameters.items() if value.dim() == 3), None)
         if first is not None:
             found.append(
                 f"{first} has all experts in one tensor: exllamav2 loads a matrix for each; use another format"
