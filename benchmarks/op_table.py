@@ -45,9 +45,9 @@ class Size:
 
 def affine(at: Size) -> Arguments:
     zero = torch.randint(-3, 4, (at.rows, at.groups), device=at.device).float()
-    yield "affine_fake", (at.normal(0), at.scale(), None, None, -8, 7)
-    yield "affine_fake", (at.normal(0), at.scale(), zero, None, -8, 7)
-    yield "affine_fake", (at.normal(0), at.scale(), None, -3 * at.scale(8), 0, 15)
+    yield "affine_fake", (at.normal(0), at.scale(), None, None, -8, 7, torch.float32)
+    yield "affine_fake", (at.normal(0), at.scale(), zero, None, -8, 7, torch.float32)
+    yield "affine_fake", (at.normal(0), at.scale(), None, -3 * at.scale(8), 0, 15, torch.bfloat16)
     # on a CPU layers reach plain torch without these operations
     yield "affine_encode", (at.normal(0), at.scale(), None, None, -8, 7, True)
     yield "affine_vjp", (at.normal(1), at.normal(0), at.scale(), None, None, -8, 7, True, True, False)

@@ -38,23 +38,52 @@ from qat.fake_quant_kernels.dispatch import AotCase, Kernel, Op, tl, uses_triton
 from qat.fake_quant_kernels.rows import chunks, eager_on_cpu, field_of, geometry, part, places, tile, tiling
 
 
-def _fake_quantize(w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int) -> Tensor:
-    """w [R, K] -> decode(encode(w)) [R, K] in fp32 (fp64 if w is), except that a NaN stays NaN."""
-    out = _fake_quantize_fake(w, scale, zero, minimum, lo, hi)
-    for rows, _ in chunks(w, 0):
+def _fake_quantize(
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    minimum: Tensor | None,
+    lo: int,
+    hi: int,
+    dtype: torch.dtype,
+    again: bool = False,
+) -> Tensor:
+    """w [R, K] -> decode(encode(w)) [R, K] in `dtype`, except that a NaN stays NaN; fp32 arithmetic (fp64 if w is).
+
+    again: changes nothing, as in `affine_decode`.
+    """
+    out = _fake_quantize_fake(w, scale, zero, minimum, lo, hi, dtype, again)
+    wide = torch.promote_types(w.dtype, torch.float32)
+    if torch.compiler.is_compiling():
+        # a copy of its own, which is fused away, keeps that of a backward apart from its forward's
+        value = scaled(w.new_empty(w.shape, dtype=wide).copy_(w), scale, minimum)
+        value = torch.round(clamped(value, zero, lo, hi)) * scale.unsqueeze(-1)
+        value = value if minimum is None else value + minimum.unsqueeze(-1)
+        return value.reshape(w.shape).to(dtype)
+    for rows, (buffer,) in chunks(w, 1):
         s, z, m = part(scale, rows), part(zero, rows), part(minimum, rows)
-        value = scaled(w[rows], s, m, out[rows])
+        here = out[rows]
+        value = scaled(w[rows], s, m, here if dtype == wide else buffer)
         # (q + z) - z is q: integers below 2^24
         clamped(value, z, lo, hi, value).round_().mul_(s.unsqueeze(-1))
         if m is not None:
             value += m.unsqueeze(-1)
+        if dtype != wide:
+            here.copy_(value.view(here.shape))
     return out
 
 
 def _fake_quantize_fake(
-    w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    minimum: Tensor | None,
+    lo: int,
+    hi: int,
+    dtype: torch.dtype,
+    again: bool = False,
 ) -> Tensor:
-    return w.new_empty(w.shape, dtype=torch.promote_types(w.dtype, torch.float32))
+    return w.new_empty(w.shape, dtype=dtype)
 
 
 @Kernel
@@ -87,13 +116,20 @@ def _fake_quantize_kernel(
     x = rint(clip(v, low, high)) * s
     if MINIMUM:
         x = x + field_of(minimum, n, mask_n, SHARED, 0)
-    tl.store(out + at, x, mask=mask)
+    tl.store(out + at, x.to(out.dtype.element_ty), mask=mask)
 
 
 def _fake_quantize_triton(
-    w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    minimum: Tensor | None,
+    lo: int,
+    hi: int,
+    dtype: torch.dtype,
+    again: bool = False,
 ) -> Tensor:
-    out = _fake_quantize_fake(w, scale, zero, minimum, lo, hi)
+    out = _fake_quantize_fake(w, scale, zero, minimum, lo, hi, dtype, again)
     if out.numel():
         shared = scale.numel() == 1
         units, size, *_ = geometry(w.shape[0], w.shape[1], 1 if shared else scale.shape[1], False)
@@ -113,14 +149,17 @@ def _fake_quantize_triton(
 affine_fake = Op("affine_fake", _fake_quantize, _fake_quantize_fake, _fake_quantize_triton)
 
 
-def _case(name: str, dtype: str, size: int, zero: bool = False, minimum: bool = False) -> AotCase:
+def _case(
+    name: str, dtype: str, size: int, out: str = "fp32", zero: bool = False, minimum: bool = False
+) -> AotCase:
     _, high, wide = tiling(1 << 20, size)
     return AotCase(
         f"fake quantize {name}",
         _fake_quantize_kernel,
         {
             "w": f"*{dtype}",
-            **dict.fromkeys(("scale", "zero", "minimum", "out"), "*fp32"),
+            **dict.fromkeys(("scale", "zero", "minimum"), "*fp32"),
+            "out": f"*{out}",
             **dict.fromkeys(("units", "size"), "i32"),
             **dict.fromkeys(("lo", "hi"), "fp32"),
         },
@@ -131,6 +170,7 @@ def _case(name: str, dtype: str, size: int, zero: bool = False, minimum: bool = 
 AOT = (
     _case("group 32 fp32", "fp32", 32),
     _case("group 64 bf16 with zero points", "bf16", 64, zero=True),
+    _case("group 128 bf16 to bf16", "bf16", 128, "bf16"),
     _case("row 4096 fp32 with minima", "fp32", 4096, minimum=True),
 )
 
@@ -176,6 +216,21 @@ def decode(
         return affine_decode(codes, scale, zero, minimum, dtype, packed, signed, again)  # type: ignore[no-any-return]
 
 
+def rounded(
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    minimum: Tensor | None,
+    lo: int,
+    hi: int,
+    dtype: torch.dtype = torch.float32,
+    again: bool = False,
+) -> Tensor:
+    """`decode(encode(w))` in `dtype` without the codes; again: as in `decode`. NaN stays NaN. No gradients."""
+    with torch.no_grad():
+        return affine_fake(w, scale, zero, minimum, lo, hi, dtype, again)  # type: ignore[no-any-return]
+
+
 def vjp(
     grad: Tensor,
     w: Tensor,
@@ -190,25 +245,31 @@ def vjp(
     need_zero: bool,
     need_minimum: bool,
     spend: bool = False,
+    hat: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `fake_quantize` for grad [R, K]: dw in the dtype of grad, the fields' in fp32 and their shape.
 
     None where not needed. With `identity` dw is `grad` itself. spend: grad may be overwritten (plain torch does).
+    hat: memory [R, K] for what `rounded` gives, in its dtype, where the gradient can be `spent`.
     """
     need_zero, need_minimum = need_zero and zero is not None, need_minimum and minimum is not None
     ours, need_lost = need_w and not identity, need_zero or need_minimum
     dw: Tensor | None = grad if need_w else None
-    if not (ours or need_scale or need_lost):
+    if not (ours or need_scale or need_lost or hat is not None):
         return dw, None, None, None
-    plain = spend and grad.is_contiguous() and eager_on_cpu(grad) and not uses_triton(grad.device)
-    op = vjp_over if plain else affine_vjp
-    found, dscale, lost = op(grad, w, scale, zero, minimum, lo, hi, ours, need_scale, need_lost)
+    how = grad, w, scale, zero, minimum, lo, hi, ours, need_scale, need_lost
+    found, dscale, lost = vjp_over(*how, hat) if spend and spent(grad) else affine_vjp(*how)
     return (
         found if ours else dw,
         dscale if need_scale else None,
         lost * -scale if need_zero else None,
         lost if need_minimum else None,
     )
+
+
+def spent(grad: Tensor) -> bool:
+    """Whether `vjp` can work in the memory of a gradient that nobody else holds."""
+    return grad.is_contiguous() and eager_on_cpu(grad) and not uses_triton(grad.device)
 
 
 def poisoned(scale: Tensor, w: Tensor) -> Tensor:
@@ -232,7 +293,8 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(w, scale, zero, minimum)
         ctx.grid = (lo, hi, identity)
-        return affine_fake(w, scale, zero, minimum, lo, hi)  # type: ignore[no-any-return]
+        wide = torch.promote_types(w.dtype, torch.float32)
+        return affine_fake(w, scale, zero, minimum, lo, hi, wide)  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -62,10 +62,12 @@ def vjp_over(
     need_w: bool,
     need_scale: bool,
     need_lost: bool,
+    hat: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in plain torch, with dw in the memory of grad, which is lost."""
+    """The same in plain torch, with dw in the memory of grad, which is lost. hat: memory [R, K] of any float dtype for
+    the fake-quantized numbers, which cost little more here."""
     _, dscale, lost = _fake(grad, w, scale, zero, minimum, lo, hi, False, need_scale, need_lost)
-    _walk(grad, w, scale, zero, minimum, lo, hi, need_w, need_scale, need_lost, grad, dscale, lost)
+    _walk(grad, w, scale, zero, minimum, lo, hi, need_w, need_scale, need_lost, grad, dscale, lost, hat)
     return grad, dscale, lost
 
 
@@ -83,8 +85,9 @@ def _walk(
     dw: Tensor,
     dscale: Tensor,
     lost: Tensor,
+    hat: Tensor | None = None,
 ) -> None:
-    """Fills dw (grad itself, or other memory), dscale and lost."""
+    """Fills dw (grad itself, or other memory), dscale, lost and hat."""
     if scale.shape[0] == 1:
         dscale.zero_()
         lost.zero_()
@@ -97,6 +100,8 @@ def _walk(
         terms = torch.round(clipped, out=next(spare)) if need_scale else clipped
         # 1.0 and 0.0: operations on bools take ten times as long
         inside = value.eq_(clipped)
+        if hat is not None:
+            _put_hat(hat[rows], terms if need_scale else terms.round_(), part(scale, rows), part(minimum, rows))
         outside = torch.neg(inside, out=next(spare)).add_(1.0) if need_lost else inside
         g = grouped(grad[rows], groups)
         if casts:
@@ -111,6 +116,16 @@ def _walk(
             torch.mul(g, inside, out=grouped(dw[rows], groups))
         elif need_w:
             dw[rows] = inside.mul_(g).reshape(dw[rows].shape)
+
+
+def _put_hat(hat: Tensor, integers: Tensor, scale: Tensor, minimum: Tensor | None) -> None:
+    """Fake-quantized numbers of a chunk, from their codes less zero points [R, G, K/G]."""
+    exact = hat.dtype == integers.dtype
+    value = torch.mul(integers, scale.unsqueeze(-1), out=grouped(hat, integers.shape[1]) if exact else None)
+    if minimum is not None:
+        value += minimum.unsqueeze(-1)
+    if not exact:
+        hat.copy_(value.view(hat.shape))
 
 
 def _add(whole: Tensor, rows: slice, sums: Tensor) -> None:

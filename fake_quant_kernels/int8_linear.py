@@ -94,6 +94,16 @@ def _cuda_reason(index: int) -> str:
     return ""
 
 
+def idle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why no product of integer codes pays on this device, whatever their sizes; empty: some do. dtype as in
+    `reasons`."""
+    if device.type == "cpu":
+        return _cpu_reason(dtype != torch.float32)
+    if device.type == "cuda":
+        return _cuda_reason(device.index or 0)
+    return f"there is no integer matmul for {device.type}"
+
+
 def _too_long(inputs: int, zero: bool) -> list[str]:
     limit = LONGEST_WITH_ZERO if zero else LONGEST
     if inputs <= limit:
@@ -114,21 +124,16 @@ def reasons(x_codes: Tensor, w_codes: Tensor, dtype: torch.dtype, zero: bool | N
         found.append(f"x codes are {x_codes.dtype}, not int8 or uint8")
     if w_codes.dtype != torch.int8:
         found.append(f"weight codes are {w_codes.dtype}, not int8")
-    if device.type == "cpu":
-        if reason := _cpu_reason(dtype != torch.float32):
-            found.append(reason)
-        elif 2 <= tokens < (4 if dtype == torch.float32 else 32):
-            found.append(f"{tokens} tokens are too few: torch._int_mm costs about as much as for 32")
-    elif device.type == "cuda":
-        if reason := _cuda_reason(device.index or 0):
-            found.append(reason)
+    if reason := idle(device, dtype):
+        found.append(reason)
+    elif device.type == "cpu" and 2 <= tokens < (4 if dtype == torch.float32 else 32):
+        found.append(f"{tokens} tokens are too few: torch._int_mm costs about as much as for 32")
+    if device.type == "cuda":
         if uses_triton(device):
             if inputs % 16 != 0:
                 found.append(f"rows of {inputs} codes are not a multiple of 16 bytes: loads would be narrow")
         elif not _int_mm_takes(tokens, inputs, outputs):
             found.append(f"torch._int_mm takes more than 16 tokens and multiples of 8, not {tokens, inputs, outputs}")
-    else:
-        found.append(f"there is no integer matmul for {device.type}")
     return found
 
 

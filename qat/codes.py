@@ -29,18 +29,22 @@ from qat.reparam import Reparam
 if TYPE_CHECKING:
     from qat.specs import QuantSpec
 
-# codes, scale, zero, minimum
-Entry = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+# codes, scale, zero, minimum; no codes where the weight is rounded where it is used
+Entry = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]
 
 
 class CodeCache:
     """The codes of one layer's weights; `entries` is all that compiled code reads.
 
     enabled   codes may be kept (False: the memory budget of `qat.prepare(..., code_cache=)` is spent)
+    once      between the last two changes there was one backward: codes would be made for one forward and it
     """
 
     def __init__(self) -> None:
         self.enabled = True
+        self.once = False
+        # backwards since the last change
+        self._backwards = 0
         # the weight, its codes and fields, their form
         self.entries: dict[str, tuple[Tensor, Entry, str]] = {}
         self._owners: dict[str, weakref.ref[Tensor]] = {}
@@ -62,17 +66,38 @@ class CodeCache:
         """w is the layer's Parameter, and stays where it is."""
         self._owners[key] = weakref.ref(w)
         factors = () if reparam is None else reparam.factors
+        if key not in self._sources or id(w) not in self._sources[key]:
+            self._count(w)
         self._sources[key] = {id(t): weakref.ref(t) for t in (w, *factors, *quantizer.learned())}
+
+    def _count(self, w: Tensor) -> None:
+        """Count backwards by those that reach w. Of weights that stay as they are none is counted, nor of adapters:
+        their codes are kept."""
+        if w.requires_grad and w.is_leaf:
+            cache = weakref.ref(self)
+
+            def count(_: Tensor) -> None:
+                if (found := cache()) is not None:
+                    found._backwards += 1
+
+            w.register_post_accumulate_grad_hook(count)
 
     def disown(self, key: str) -> None:
         """No codes of this weight are kept."""
         self._owners.pop(key, None)
+
+    def knows(self, key: str) -> bool:
+        """Whether this weight stays where it is."""
+        return key in self._owners
 
     def comes_from(self, moved: set[int]) -> bool:
         """Whether codes here come from a parameter whose id is among `moved`."""
         return any(i in moved and ref() is not None for refs in self._sources.values() for i, ref in refs.items())
 
     def forget(self) -> None:
+        if self._backwards:
+            self.once = self._backwards == 1
+            self._backwards = 0
         self.entries.clear()
         self._tokens.clear()
 
@@ -83,10 +108,18 @@ class CodeCache:
             return False
         return reparam is None or all(id(t) in self._sources[key] and stays(t) for t in reparam.factors)
 
-    def quantized(self, key: str, w: Tensor, quantizer: Quantizer, reparam: Reparam | None) -> tuple[Entry, str, bool]:
-        """(codes and fields, their form, whether they are kept); eager mode only."""
+    def quantized(
+        self, key: str, w: Tensor, quantizer: Quantizer, reparam: Reparam | None, direct: bool = False
+    ) -> tuple[Entry, str, bool]:
+        """(codes and fields, their form, whether they are kept); eager mode only. direct: codes are not asked for.
+
+        Whether there are codes is the same in all forwards with gradients between two changes: a recomputed one has to
+        save what the first one saved."""
         if not self.owns(key, w, reparam):
-            return quantize(quantizer, rows_of(w, quantizer, reparam)), PLAIN, False
+            make = fields_alone if direct else quantize
+            return make(quantizer, rows_of(w, quantizer, reparam)), PLAIN, False
+        if direct and self.once and torch.is_grad_enabled():
+            return fields_alone(quantizer, rows_of(w, quantizer, reparam)), PLAIN, True
         token = _token(w, quantizer, reparam)
         if key not in self.entries or self._tokens.get(key) != token:
             # in inference mode too: they are saved for backward next
@@ -143,6 +176,12 @@ def quantize(quantizer: Quantizer, w_RK: Tensor, form: str = PLAIN) -> Entry:
     """Codes and fields as the forward uses them."""
     codes, fields = quantizer.quantize(w_RK, quantizer.live_spec, form=form)
     return codes, fields.scale, fields.zero, fields.minimum
+
+
+@torch.no_grad()
+def fields_alone(quantizer: Quantizer, w_RK: Tensor) -> Entry:
+    """The fields of `quantize`, of a quantizer that is `direct`."""
+    return None, *quantizer.fields(w_RK)  # type: ignore[return-value]
 
 
 def _kept(quantizer: Quantizer, w_RK: Tensor) -> tuple[Entry, str]:

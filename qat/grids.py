@@ -61,6 +61,11 @@ class Grid:
     code_dtype: torch.dtype = torch.uint8
 
     @property
+    def direct(self) -> bool:
+        """Whether `rounded` is there: numbers are rounded in fewer passes than codes are made and decoded."""
+        return False
+
+    @property
     def reach(self) -> float:
         """The magnitude, in units of s, onto which a symmetric scale puts the largest number of its group."""
         raise NotImplementedError
@@ -96,6 +101,19 @@ class Grid:
         """`decode(encode(w))` fp32 with gradients; identity: the weight's is passed on everywhere. NaN stays NaN."""
         raise NotImplementedError
 
+    def rounded(
+        self,
+        w: Tensor,
+        scale: Tensor,
+        zero: Field,
+        minimum: Field,
+        dtype: torch.dtype = torch.float32,
+        again: bool = False,
+    ) -> Tensor:
+        """`decode(encode(w))` in `dtype` without the codes and without gradients, of grids that are `direct`; a NaN
+        stays NaN. again: see `fake_quant_kernels.affine.decode`."""
+        raise NotImplementedError
+
     def vjp(
         self,
         grad: Tensor,
@@ -109,6 +127,20 @@ class Grid:
     ) -> Gradients:
         """Gradients of w (in the dtype of grad), scale, zero and minimum where needed; spend: grad may be
         overwritten."""
+        raise NotImplementedError
+
+    def vjp_rounded(
+        self,
+        grad: Tensor,
+        w: Tensor,
+        scale: Tensor,
+        zero: Field,
+        minimum: Field,
+        needs: tuple[bool, bool, bool, bool],
+        dtype: torch.dtype,
+    ) -> tuple[Gradients, Tensor] | None:
+        """(`vjp` of a gradient that nobody else holds, `rounded`) in one pass over w, of grids that are `direct`; None
+        where there is no such pass."""
         raise NotImplementedError
 
 
@@ -143,6 +175,10 @@ class IntGrid(Grid):
     @property
     def code_dtype(self) -> torch.dtype:  # type: ignore[override]
         return torch.int8 if self.signed else torch.uint8
+
+    @property
+    def direct(self) -> bool:
+        return not self.half
 
     @property
     def reach(self) -> float:
@@ -202,6 +238,32 @@ class IntGrid(Grid):
         spend: bool = False,
     ) -> Gradients:
         return affine.vjp(grad, w, scale, zero, minimum, self.qmin, self.qmax, identity, *needs, spend)
+
+    def rounded(
+        self,
+        w: Tensor,
+        scale: Tensor,
+        zero: Field,
+        minimum: Field,
+        dtype: torch.dtype = torch.float32,
+        again: bool = False,
+    ) -> Tensor:
+        return affine.rounded(w, scale, zero, minimum, self.qmin, self.qmax, dtype, again)
+
+    def vjp_rounded(
+        self,
+        grad: Tensor,
+        w: Tensor,
+        scale: Tensor,
+        zero: Field,
+        minimum: Field,
+        needs: tuple[bool, bool, bool, bool],
+        dtype: torch.dtype,
+    ) -> tuple[Gradients, Tensor] | None:
+        if not affine.spent(grad):
+            return None
+        hat = w.new_empty(w.shape, dtype=dtype)
+        return affine.vjp(grad, w, scale, zero, minimum, self.qmin, self.qmax, False, *needs, True, hat), hat
 
 
 class ScaledGrid(Grid):

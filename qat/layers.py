@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.codes import CodeCache, Entry, forget_codes_of, packs, quantize, rows_of
+from qat.codes import CodeCache, Entry, fields_alone, forget_codes_of, packs, quantize, rows_of
 from qat.fake_quant_kernels import fp8_linear, int8_linear
 from qat.fake_quant_kernels.dispatch import uncompiled
 from qat.fake_quant_kernels.pack import PLAIN
@@ -210,8 +210,10 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
             slots: list[Slot | None] = []
             quantized: list[Tensor | None] = []
             quantizers = weight_quantizers(layer)
+            # the codes of weights, not what they stand for
+            multiplied = x_slot is not None and live.real and not int8_linear.idle(weights[0].device, dtype)
             for key, w in zip(kinds, weights, strict=True):
-                slot, entry = _weight(live, key, w, quantizers.get(key))
+                slot, entry = _weight(live, key, w, quantizers.get(key), multiplied)
                 slots.append(slot)
                 quantized += entry
         product = _product(op, live.blend, x_slot, x_quantized, slots[0], quantized, dtype) if live.real else ""
@@ -235,21 +237,28 @@ _Quantized = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _NOTHING: _Quantized = (None, None, None, None)
 
 
-def _weight(live: Live, key: str, w: Tensor, quantizer: Quantizer | None) -> tuple[Slot | None, _Quantized]:
+def _weight(
+    live: Live, key: str, w: Tensor, quantizer: Quantizer | None, multiplied: bool
+) -> tuple[Slot | None, _Quantized]:
     """The slot of a weight with its codes and fields; fields of learned scales bring their gradient."""
     if quantizer is None:
         return None, _NOTHING
-    layout, cache, reparam = quantizer.layout, live.cache, live.reparams.get(key)
+    layout, cache, reparam, spec = quantizer.layout, live.cache, live.reparams.get(key), quantizer.live_spec
+    asked = multiplied or reparam is not None or live.backward != "float"
+    direct = not asked and quantizer.direct(spec, w.device)
     if torch.compiler.is_compiling():
         live.traced = True
         # codes of another tensor (functional_call, a Parameter that was replaced) are not this one's
         source, found, form = cache.entries.get(key, (None, None, PLAIN))
         keep = source is w
-        entry: Entry = found if found is not None and keep else quantize(quantizer, rows_of(w, quantizer, reparam))
+        make = fields_alone if direct else quantize
+        entry: Entry = found if found is not None and keep else make(quantizer, rows_of(w, quantizer, reparam))
         form = form if keep else PLAIN
+        keep = keep or (direct and cache.knows(key))
     else:
-        entry, form, keep = cache.quantized(key, w, quantizer, reparam)
-    slot = Slot(quantizer, quantizer.live_spec, layout, form, keep, reparam, reparam is not None and reparam.undoes)
+        entry, form, keep = cache.quantized(key, w, quantizer, reparam, direct)
+    undoes = reparam is not None and reparam.undoes
+    slot = Slot(quantizer, spec, layout, form, keep, reparam, undoes, direct and entry[0] is None)
     if torch.is_grad_enabled() and any(p.requires_grad for p in quantizer.learned()):
         fields = quantizer.differentiable(Fields(*entry[1:])) if keep else None
         if fields is None:
@@ -351,6 +360,8 @@ def _product(
         return ""
     (x_codes, x_scale, x_zero, x_minimum), (codes, scale, zero, minimum) = x_quantized, w_quantized
     assert x_codes is not None and x_scale is not None
+    if codes is None:
+        return ""
     asymmetric = zero is not None or minimum is not None or x_minimum is not None
     # by the spec, not by the form: whether codes are kept must change no number
     packed = packs(w_slot.spec, w_slot.layout.rows_shape[1])

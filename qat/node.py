@@ -7,9 +7,9 @@ optimizer step for a weight (`qat.codes`), and learned scales get their gradient
 
     x         as codes where the forward used codes of a dynamic scale, else as it came (only if backward needs it)
     w         the Parameter itself, which is alive anyway
-    codes     at most a byte per weight, shared with the code cache; nothing where `Slot.keep` is false: then backward
-              quantizes w again, and nothing as large as the weight stays alive between the two (FSDP2, ZeRO-3)
-
+    codes     at most a byte per weight, shared with the code cache. None where the weight is rounded anew in forward and
+              backward (`Slot.direct`); nothing where `Slot.keep` is false: then backward quantizes w again, and nothing
+              as large as the weight stays alive between the two (FSDP2, ZeRO-3)
     seeds     two numbers, of a backward that rounds (`int8`); it quantizes w again where codes are packed
 
 and never a fake-quantized weight. Everything in here is plain torch or one of our operators, so that torch.compile
@@ -88,6 +88,8 @@ class Slot:
     reparam: Reparam | None = None
     # its factors are taken out again after the rounding
     undo: bool = False
+    # there are no codes: numbers are rounded where they are used
+    direct: bool = False
 
     def latents(self, t: Latents) -> Tensor:
         """What is quantized."""
@@ -112,12 +114,20 @@ class Slot:
         if self.form == ROWS:
             codes = quantized[0]
             rows = rowwise4.decode(codes, self.layout.rows_shape, dtype, again)  # type: ignore[arg-type]
+        elif self.direct:
+            w_RK = self.rows(self.latents(t).detach())
+            rows = self.quantizer.rounded(w_RK, self.spec, dtype, self._given(quantized), again)
         else:
             packed = self.form == HALVES and quantized[0] is not None
             codes, scale, zero, minimum = quantized if packed else self.quantized(t, quantized)
             rows = self.spec.grid.decode(codes, scale, zero, minimum, dtype, packed, again)  # type: ignore[arg-type]
         fake = self.layout.from_rows(rows)
         return fake if blend is None else torch.lerp(self.latents(t).to(dtype), fake, blend.to(dtype))
+
+    @staticmethod
+    def _given(quantized: Sequence[Tensor | None]) -> Fields | None:
+        """The fields, where they were saved."""
+        return None if quantized[1] is None else Fields(*quantized[1:])  # type: ignore[arg-type]
 
     def quantized(self, t: Latents, quantized: Sequence[Tensor | None]) -> tuple[Any, ...]:
         """Codes [R, K], one in a byte, and fields: those given, or found again from t where there are no such codes."""
@@ -159,6 +169,23 @@ class Slot:
             dt = self.layout.from_rows(dt)
             dt = (dt if blend is None else dt + (grad - through)).to(like)
         return dt, *dfields
+
+
+    def pulled(
+        self, grad: Tensor, t: Latents, quantized: Sequence[Tensor | None], needs: Sequence[bool], dtype: torch.dtype
+    ) -> tuple[tuple[Tensor | None, ...], Tensor] | None:
+        """(`pull` of a gradient that nobody else holds, `hat`) in one pass over the weight; None: there is none."""
+        plain = self.direct and not self.quantizer.identity_gradient and type(self.quantizer).vjp is Quantizer.vjp
+        if not plain:
+            return None
+        w_RK, fields = self.rows(t.detach()), self._given(quantized)  # type: ignore[union-attr]
+        assert fields is not None
+        found = self.spec.grid.vjp_rounded(self.rows(grad), w_RK, *fields, tuple(needs), dtype)  # type: ignore[arg-type]
+        if found is None:
+            return None
+        (dt, *dfields), hat = found
+        dt = None if dt is None else self.layout.from_rows(dt).to(t.dtype)  # type: ignore[union-attr]
+        return (dt, *dfields), self.layout.from_rows(hat)
 
 
 @dataclass(frozen=True)
@@ -248,14 +275,30 @@ class QuantizedLayer(torch.autograd.Function):
             own = (needs_in[0], *(need or any(f) for need, f in zip(needs_w, needs_f, strict=True)))
             wants = [(need, *q[1:]) for need, q in zip(own, (needs_x, *needs_q), strict=True)]
             wanted = [any(wants[0]), *needs_in[1:], *map(any, wants[1:])]
-            dinputs, dweights = _gradients(call, blend, seeds, grad, inputs, made_of, x_quantized, quantized, wanted)
+            early: dict[int, tuple[Tensor | None, ...]] = {}
+
+            def meanwhile(i: int, d: Tensor | None) -> Tensor | None:
+                slot = call.weights[i]
+                if slot is None or d is None or blend is not None:
+                    return None
+                both = slot.pulled(d, made_of[i], quantized[i], wants[1 + i], call.dtype)
+                if both is None:
+                    return None
+                early[1 + i], hat = both
+                return hat
+
+            dinputs, dweights = _gradients(
+                call, blend, seeds, grad, inputs, made_of, x_quantized, quantized, wanted, meanwhile
+            )
             found: list[tuple[Tensor | None, ...]] = []
             latents = (inputs[0], *made_of)
             dtypes = (ctx.x_dtype, *((f[0] if f else w).dtype for w, f in zip(weights, factors, strict=True)))
             fields = (x_quantized, *quantized)
             for i, d in enumerate((dinputs[0], *dweights)):
                 slot = slots[i]
-                if d is None:
+                if i in early:
+                    found.append(early[i])
+                elif d is None:
                     found.append((None,) * _SLOT)
                 elif slot is None:
                     found.append((d.to(dtypes[i]) if own[i] else None, None, None, None))
@@ -286,9 +329,10 @@ def _gradients(
     x_quantized: Tensors,
     quantized: list[Tensors],
     wanted: Sequence[bool],
+    meanwhile: Callable[[int, Tensor | None], Tensor | None],
 ) -> tuple[Tensors, Tensors]:
     """Gradients of x_hat and the other inputs, and of each w_hat; not both hats in memory where one after the other
-    does."""
+    does. meanwhile: takes the gradient of a w_hat further, and gives that w_hat if it came along."""
     n, count = len(inputs), len(weights)
     grad = grad.to(call.dtype) if grad.is_floating_point() else grad
     others = call.cast(inputs[1:])
@@ -296,19 +340,21 @@ def _gradients(
     def x_hat() -> Tensor | None:
         return call.x_hat(inputs[0], x_quantized, blend, True)
 
-    def w_hats() -> list[Tensor]:
-        return [call.w_hat(i, w, quantized[i], blend, True) for i, w in enumerate(weights)]
-
     if seeds is not None:
         return _integer_gradients(call, seeds, grad, inputs, weights, x_quantized, quantized, wanted, x_hat)
     if call.op.separable:
         first = [False, *wanted[1:]]
         (_, *dothers), dweights = call.op.backward(call.layer, grad, (x_hat(), *others), [], first)
-        second = [wanted[0], *[False] * (n - 1 + count)]
-        (dx, *_), _ = call.op.backward(call.layer, grad, (None, *others), w_hats() if wanted[0] else [], second)
+        if not wanted[0]:
+            return (None, *dothers), dweights
+        second = [True, *[False] * (n - 1 + count)]
+        came = [meanwhile(i, d) for i, d in enumerate(dweights)]
+        hats = [call.w_hat(i, weights[i], quantized[i], blend, True) if h is None else h for i, h in enumerate(came)]
+        (dx, *_), _ = call.op.backward(call.layer, grad, (None, *others), hats, second)
         return (dx, *dothers), dweights
     with replayed(call.random):
-        return call.op.backward(call.layer, grad, (x_hat(), *others), w_hats(), wanted)
+        w_hats = [call.w_hat(i, w, quantized[i], blend, True) for i, w in enumerate(weights)]
+        return call.op.backward(call.layer, grad, (x_hat(), *others), w_hats, wanted)
 
 
 def _parts(call: Call, of: Sequence[Any]) -> tuple[Any, Any, Any, list[Any], list[Any]]:

@@ -208,7 +208,7 @@ def refresh_codes(model: nn.Module, at_once: bool) -> None:
                 continue
             budget -= needed
             live.cache.own(key, weight, quantizer, live.reparams.get(key))
-            if live.active and (live.traced or at_once):
+            if live.active and (at_once or (live.traced and not live.cache.once)):
                 live.cache.quantized(key, weight, quantizer, live.reparams.get(key))
 
 

@@ -13,6 +13,7 @@ Latents of any float dtype are read in fp32 with autocast off; only the result i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, final
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from qat.errors import QATError
 from qat.fake_quant_kernels import dynamic, rowwise4
 from qat.fake_quant_kernels import fields as ranges
+from qat.fake_quant_kernels.dispatch import uses_triton
 from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.grids import FloatGrid, Gradients
 from qat.layout import Layout
@@ -231,20 +233,10 @@ class Quantizer(nn.Module):
         with zeros. `fields` are used where given (of a scale that stays).
         """
         if fields is None:
-            kept = self.live_spec
-            # compiled code may not set an attribute here, and has no need to: it is compiled anew for each spec
-            moved = kept is not spec
-            if moved:
-                self.live_spec = spec
-            try:
-                found = self.fused(w_RK, spec, form)
-                fields = self.fields(w_RK) if found is None else None
-            finally:
-                if moved:
-                    self.live_spec = kept
+            found = self._under(spec, lambda: self.fused(w_RK, spec, form))
             if found is not None:
                 return found
-        assert fields is not None
+            fields = self._under(spec, lambda: self.fields(w_RK))
         by = self._held() if self.codes_fixed else self.coding(fields)
         if by is not fields:
             codes, scale = spec.grid.encode_poisoning(w_RK, *by, form == HALVES)
@@ -256,6 +248,36 @@ class Quantizer(nn.Module):
         else:
             codes, scale = spec.grid.encode_poisoning(w_RK, *fields, form == HALVES)
         return codes, fields._replace(scale=scale)
+
+    def _under(self, spec: QuantSpec, find: Callable[[], Any]) -> Any:
+        """What is found while `spec` is the live one."""
+        kept = self.live_spec
+        # compiled code may not set an attribute here, and has no need to: it is compiled anew for each spec
+        if kept is spec:
+            return find()
+        self.live_spec = spec
+        try:
+            return find()
+        finally:
+            self.live_spec = kept
+
+    @final
+    def direct(self, spec: QuantSpec, device: torch.device) -> bool:
+        """Whether `rounded` is there and takes fewer passes than `quantize` and a decode. For a dynamic scale of a GPU
+        one kernel finds scale and codes, where graphs are not compiled."""
+        if self.codes_fixed or type(self).coding is not Quantizer.coding or not spec.grid.direct:
+            return False
+        return self.keeps_fields or torch.compiler.is_compiling() or not uses_triton(device)
+
+    @final
+    @torch.no_grad()
+    def rounded(
+        self, w_RK: Tensor, spec: QuantSpec, dtype: torch.dtype, fields: Fields | None = None, again: bool = False
+    ) -> Tensor:
+        """The numbers [R, K] in `dtype` that the codes of `quantize` stand for; a NaN in w stays where it is. `fields`
+        are used where given. again: see `fake_quant_kernels.affine.decode`."""
+        found = self._under(spec, lambda: self.fields(w_RK)) if fields is None else fields
+        return spec.grid.rounded(w_RK, *found, dtype, again)
 
     @final
     @torch.no_grad()

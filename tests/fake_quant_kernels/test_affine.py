@@ -16,6 +16,8 @@ Mutations of `fake_quant_kernels/affine.py` that were tried, and the test that t
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from qat.errors import QATError
 from qat.fake_quant_kernels import rows as rows_module
-from qat.fake_quant_kernels.affine import affine_fake, decode, encode, fake_quantize, poisoned, vjp
+from qat.fake_quant_kernels.affine import affine_fake, decode, encode, fake_quantize, poisoned, rounded, vjp
 from qat.fake_quant_kernels.affine_decode import affine_decode
 from qat.fake_quant_kernels.affine_encode import affine_encode
 from qat.fake_quant_kernels.affine_vjp import affine_vjp
@@ -306,7 +308,7 @@ def test_operators(kind: str) -> None:
         codes = affine_encode(w, *found, -8, 7, packed)
         torch.library.opcheck(affine_encode.custom, (w, *found, -8, 7, packed))
         torch.library.opcheck(affine_decode.custom, (codes, *found, torch.bfloat16, packed, True))
-    torch.library.opcheck(affine_fake.custom, (w, *found, -8, 7))
+    torch.library.opcheck(affine_fake.custom, (w, *found, -8, 7, torch.float32))
     for needs in ((True, True, True), (False, True, False)):
         torch.library.opcheck(affine_vjp.custom, (w.clone(), w, *found, -8, 7, *needs))
 
@@ -331,3 +333,27 @@ def test_compiled_equals_eager() -> None:
     compiled = torch.compile(everything, fullgraph=True)(w, s, z)
     for a, b in zip(everything(w, s, z), compiled, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["none", "int", "float"])
+def test_gradient_and_rounding_in_one_pass(kind: str, dtype: torch.dtype) -> None:
+    """As one after the other, every bit; more rows than a chunk. Mutations: `_put_hat` after `terms` became the scale's
+    products; without the minimum."""
+    g = torch.Generator().manual_seed(0)
+    for rows, columns in ((9, 64), (3000, 256)):
+        w = torch.randn(rows, columns, generator=g).to(dtype)
+        grad = torch.randn(rows, columns, generator=g)
+        scale = torch.rand(rows, 4, generator=g) * 0.3 + 0.05
+        zero = torch.randint(-3, 4, scale.shape, generator=g).float() if kind == "int" else None
+        minimum = torch.randn(scale.shape, generator=g) if kind == "float" else None
+        fields = scale, zero, minimum
+        for needs in itertools.product((True, False), repeat=2):
+            hat = torch.full((rows, columns), torch.nan, dtype=dtype)
+            need_w, need_fields = needs
+            how = (*fields, -8, 7, False, need_w, need_fields, need_fields, need_fields)
+            both = vjp(grad.clone(), w, *how, True, hat)
+            alone = vjp(grad.clone(), w, *how, True)
+            assert torch.equal(hat, rounded(w, *fields, -8, 7, dtype))
+            assert torch.equal(hat, decode(encode(w, *fields, -8, 7), *fields, dtype))
+            assert all(a is b is None or torch.equal(a, b) for a, b in zip(both, alone, strict=True))

@@ -269,6 +269,7 @@ def test_layers_without_a_norm_are_as_they_were() -> None:
     # a ReLU reads what the norm hands on
     qat.rehearse(model, X)
     train(model)
-    model(X)
+    with torch.no_grad():
+        model(X)
     assert all(layer._qat.cache.entries for layer in qat_layers(model).values())
     assert torch.equal(deployed(model)(X), model.eval()(X))

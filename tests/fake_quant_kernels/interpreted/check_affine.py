@@ -18,12 +18,13 @@ def test_families(dtype: torch.dtype) -> None:
         for kind in ("none", "int", "float"):
             for name in ("normal", "ties", "magnitudes", "not finite"):
                 w = families((3, columns), dtype, at, columns // max(groups, 1), not_finite=True)[name]
-                same(affine_fake, w, *fields(w, groups, kind, lo, hi), lo, hi, context=f"{name} {columns} {kind}")
+                out = DTYPES[at % len(DTYPES)]
+                same(affine_fake, w, *fields(w, groups, kind, lo, hi), lo, hi, out, context=f"{name} {columns} {kind}")
 
 
 def test_layouts() -> None:
     w = torch.randn(6, 60)
     scale, zero, _ = fields(w, 4, "int", -8, 7)
     for view in views(w).values():
-        same(affine_fake, view, views(scale)["transposed"], zero, None, -8, 7)
-    same(affine_fake, w[:0], scale[:0], None, None, -8, 7)
+        same(affine_fake, view, views(scale)["transposed"], zero, None, -8, 7, torch.float32)
+    same(affine_fake, w[:0], scale[:0], None, None, -8, 7, torch.float32)
