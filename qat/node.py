@@ -7,9 +7,9 @@ optimizer step for a weight (`qat.codes`), and learned scales get their gradient
 
     x         as codes where the forward used codes of a dynamic scale, else as it came (only if backward needs it)
     w         the Parameter itself, which is alive anyway
-    codes     at most a byte per weight, shared with the code cache. None where the weight is rounded anew in forward and
-              backward (`Slot.direct`); nothing where `Slot.keep` is false: then backward quantizes w again, and nothing
-              as large as the weight stays alive between the two (FSDP2, ZeRO-3)
+    codes     at most a byte per weight, shared with the code cache. None where the weight is rounded anew in forward
+              and backward (`Slot.direct`); nothing where `Slot.keep` is false: then backward quantizes w again, and
+              nothing as large as the weight stays alive between the two (FSDP2, ZeRO-3)
     seeds     two numbers, of a backward that rounds (`int8`); it quantizes w again where codes are packed
 
 and never a fake-quantized weight. Everything in here is plain torch or one of our operators, so that torch.compile
