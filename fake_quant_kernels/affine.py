@@ -149,9 +149,7 @@ def _fake_quantize_triton(
 affine_fake = Op("affine_fake", _fake_quantize, _fake_quantize_fake, _fake_quantize_triton)
 
 
-def _case(
-    name: str, dtype: str, size: int, out: str = "fp32", zero: bool = False, minimum: bool = False
-) -> AotCase:
+def _case(name: str, dtype: str, size: int, out: str = "fp32", zero: bool = False, minimum: bool = False) -> AotCase:
     _, high, wide = tiling(1 << 20, size)
     return AotCase(
         f"fake quantize {name}",

@@ -8,6 +8,9 @@ ZeRO change weights without touching the counter.
 In eager mode codes are computed in the first forward that needs them; for layers that were compiled `refresh_codes`
 does it at the end of a step, because compiled code only reads `entries`.
 
+Where one forward and its backward are all that a weight is used for between two steps, a CPU rounds it in both sooner than
+it makes codes (`CodeCache.once`, `qat.layers.rounds_directly`).
+
 A weight whose storage comes and goes (FSDP, ZeRO-3) or that is not the layer's own Parameter (`functional_call`) has no
 codes here: its layer quantizes anew in forward and backward, and keeps nothing that is as large as the weight.
 """
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from qat.fake_quant_kernels import rowwise4
+from qat.fake_quant_kernels.dispatch import uses_triton
 from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.quantizers import Quantizer
 from qat.reparam import Reparam
@@ -37,12 +41,13 @@ class CodeCache:
     """The codes of one layer's weights; `entries` is all that compiled code reads.
 
     enabled   codes may be kept (False: the memory budget of `qat.prepare(..., code_cache=)` is spent)
-    once      between the last two changes there was one backward: codes would be made for one forward and it
+    once      a weight is used by one forward and its backward before it changes, until a step shows otherwise: on a
+              CPU, making codes for them takes longer than rounding twice
     """
 
     def __init__(self) -> None:
         self.enabled = True
-        self.once = False
+        self.once = True
         # backwards since the last change
         self._backwards = 0
         # the weight, its codes and fields, their form
@@ -71,16 +76,20 @@ class CodeCache:
         self._sources[key] = {id(t): weakref.ref(t) for t in (w, *factors, *quantizer.learned())}
 
     def _count(self, w: Tensor) -> None:
-        """Count backwards by those that reach w. Of weights that stay as they are none is counted, nor of adapters:
-        their codes are kept."""
-        if w.requires_grad and w.is_leaf:
-            cache = weakref.ref(self)
+        """Count backwards by those that reach w."""
+        if not (w.requires_grad and w.is_leaf):
+            return
+        cache = weakref.ref(self)
 
-            def count(_: Tensor) -> None:
-                if (found := cache()) is not None:
-                    found._backwards += 1
+        def count(_: Tensor) -> None:
+            if (found := cache()) is not None:
+                found._backwards += 1
 
-            w.register_post_accumulate_grad_hook(count)
+        w.register_post_accumulate_grad_hook(count)
+
+    def spared(self, w: Tensor) -> bool:
+        """Whether codes would not pay before w changes."""
+        return self.once and w.requires_grad and not uses_triton(w.device)
 
     def disown(self, key: str) -> None:
         """No codes of this weight are kept."""
@@ -118,7 +127,7 @@ class CodeCache:
         if not self.owns(key, w, reparam):
             make = fields_alone if direct else quantize
             return make(quantizer, rows_of(w, quantizer, reparam)), PLAIN, False
-        if direct and self.once and torch.is_grad_enabled():
+        if direct and self.spared(w) and torch.is_grad_enabled():
             return fields_alone(quantizer, rows_of(w, quantizer, reparam)), PLAIN, True
         token = _token(w, quantizer, reparam)
         if key not in self.entries or self._tokens.get(key) != token:

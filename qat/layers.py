@@ -168,6 +168,17 @@ def input_quantizer(layer: nn.Module) -> Quantizer | None:
     return found if isinstance(found, Quantizer) else None
 
 
+def rounds_directly(layer: nn.Module, key: str, w: Tensor, dtype: torch.dtype) -> bool:
+    """Whether this weight can do without codes: nothing multiplies them, and it is rounded in fewer passes than they
+    are made and decoded. dtype: what the layer computes in."""
+    live: Live = layer._qat  # type: ignore[assignment]
+    quantizer = weight_quantizers(layer)[key]
+    multiplied = live.real and input_quantizer(layer) is not None and not int8_linear.idle(w.device, dtype)
+    if multiplied or key in live.reparams or live.backward != "float":
+        return False
+    return quantizer.direct(quantizer.live_spec, w.device)
+
+
 def layer_quantizers(layer: nn.Module) -> list[Quantizer]:
     """Every quantizer that a call of this layer uses."""
     found = list(weight_quantizers(layer).values())
@@ -210,10 +221,9 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
             slots: list[Slot | None] = []
             quantized: list[Tensor | None] = []
             quantizers = weight_quantizers(layer)
-            # the codes of weights, not what they stand for
-            multiplied = x_slot is not None and live.real and not int8_linear.idle(weights[0].device, dtype)
             for key, w in zip(kinds, weights, strict=True):
-                slot, entry = _weight(live, key, w, quantizers.get(key), multiplied)
+                direct = key in quantizers and rounds_directly(layer, key, w, dtype)
+                slot, entry = _weight(live, key, w, quantizers.get(key), direct)
                 slots.append(slot)
                 quantized += entry
         product = _product(op, live.blend, x_slot, x_quantized, slots[0], quantized, dtype) if live.real else ""
@@ -238,14 +248,12 @@ _NOTHING: _Quantized = (None, None, None, None)
 
 
 def _weight(
-    live: Live, key: str, w: Tensor, quantizer: Quantizer | None, multiplied: bool
+    live: Live, key: str, w: Tensor, quantizer: Quantizer | None, direct: bool
 ) -> tuple[Slot | None, _Quantized]:
     """The slot of a weight with its codes and fields; fields of learned scales bring their gradient."""
     if quantizer is None:
         return None, _NOTHING
     layout, cache, reparam, spec = quantizer.layout, live.cache, live.reparams.get(key), quantizer.live_spec
-    asked = multiplied or reparam is not None or live.backward != "float"
-    direct = not asked and quantizer.direct(spec, w.device)
     if torch.compiler.is_compiling():
         live.traced = True
         # codes of another tensor (functional_call, a Parameter that was replaced) are not this one's

@@ -170,7 +170,6 @@ class Slot:
             dt = (dt if blend is None else dt + (grad - through)).to(like)
         return dt, *dfields
 
-
     def pulled(
         self, grad: Tensor, t: Latents, quantized: Sequence[Tensor | None], needs: Sequence[bool], dtype: torch.dtype
     ) -> tuple[tuple[Tensor | None, ...], Tensor] | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat.batch_norm import hold_batch_norm
 from qat.codes import bytes_of, stays
 from qat.errors import QATError, refuse_if
-from qat.layers import QATLayer, input_quantizer, layer_quantizers, weight_quantizers
+from qat.layers import QATLayer, input_quantizer, layer_quantizers, rounds_directly, weight_quantizers
 from qat.norm_fold import BatchNormFold, agree_on_statistics, dead_reasons, folds_of
 from qat.oscillation import count_step
 from qat.quantizers import Quantizer
@@ -208,7 +208,8 @@ def refresh_codes(model: nn.Module, at_once: bool) -> None:
                 continue
             budget -= needed
             live.cache.own(key, weight, quantizer, live.reparams.get(key))
-            if live.active and (at_once or (live.traced and not live.cache.once)):
+            spared = live.cache.spared(weight) and rounds_directly(layer, key, weight, weight.dtype)
+            if live.active and (live.traced or at_once) and not spared:
                 live.cache.quantized(key, weight, quantizer, live.reparams.get(key))
 
 

@@ -264,10 +264,10 @@ class Quantizer(nn.Module):
     @final
     def direct(self, spec: QuantSpec, device: torch.device) -> bool:
         """Whether `rounded` is there and takes fewer passes than `quantize` and a decode. For a dynamic scale of a GPU
-        one kernel finds scale and codes, where graphs are not compiled."""
+        one kernel finds scale and codes."""
         if self.codes_fixed or type(self).coding is not Quantizer.coding or not spec.grid.direct:
             return False
-        return self.keeps_fields or torch.compiler.is_compiling() or not uses_triton(device)
+        return self.keeps_fields or not uses_triton(device)
 
     @final
     @torch.no_grad()
