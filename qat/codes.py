@@ -8,8 +8,8 @@ ZeRO change weights without touching the counter.
 In eager mode codes are computed in the first forward that needs them; for layers that were compiled `refresh_codes`
 does it at the end of a step, because compiled code only reads `entries`.
 
-Where one forward and its backward are all that a weight is used for between two steps, a CPU rounds it in both sooner than
-it makes codes (`CodeCache.once`, `qat.layers.rounds_directly`).
+Where one forward and its backward are all that a weight is used for between two steps, a CPU rounds it in both sooner
+than it makes codes (`CodeCache.once`, `qat.layers.rounds_directly`).
 
 A weight whose storage comes and goes (FSDP, ZeRO-3) or that is not the layer's own Parameter (`functional_call`) has no
 codes here: its layer quantizes anew in forward and backward, and keeps nothing that is as large as the weight.
@@ -85,7 +85,7 @@ class CodeCache:
             if (found := cache()) is not None:
                 found._backwards += 1
 
-        w.register_post_accumulate_grad_hook(count)
+        w.register_post_accumulate_grad_hook(count)  # type: ignore[no-untyped-call]
 
     def spared(self, w: Tensor) -> bool:
         """Whether codes would not pay before w changes."""
@@ -190,7 +190,7 @@ def quantize(quantizer: Quantizer, w_RK: Tensor, form: str = PLAIN) -> Entry:
 @torch.no_grad()
 def fields_alone(quantizer: Quantizer, w_RK: Tensor) -> Entry:
     """The fields of `quantize`, of a quantizer that is `direct`."""
-    return None, *quantizer.fields(w_RK)  # type: ignore[return-value]
+    return None, *quantizer.fields(w_RK)
 
 
 def _kept(quantizer: Quantizer, w_RK: Tensor) -> tuple[Entry, str]:

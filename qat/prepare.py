@@ -78,9 +78,10 @@ def prepare(
     and QATError where the recipe does not fit the model (see `qat.plan.make_plan`); the model is then as it was.
 
     code_cache   codes are computed once per optimizer step and kept, at most a byte per weight and its scales (on a CPU
-                 only where a step has more than one backward); an int is a budget in bytes, layers beyond it (False: all) quantize again in backward instead. None: True, or
-                 what an earlier `prepare` of this model was told. After a change
-                 of weights that neither `torch.optim` nor a load made, call `qat.weights_changed(model)`.
+                 only where a step has more than one backward); an int is a budget in bytes, layers beyond it (False:
+                 all) quantize again in backward instead. None: True, or what an earlier `prepare` of this model was
+                 told. After a change of weights that neither `torch.optim` nor a load made, call
+                 `qat.weights_changed(model)`.
     real         multiply 8-bit codes, integers or e4m3, as they are where the machine can, which differs from the
                  simulated product by float rounding only (`qat.fake_quant_kernels.int8_linear`, `fp8_linear`); False:
                  always simulate

@@ -233,7 +233,7 @@ class Quantizer(nn.Module):
         with zeros. `fields` are used where given (of a scale that stays).
         """
         if fields is None:
-            found = self._under(spec, lambda: self.fused(w_RK, spec, form))
+            found: tuple[Tensor, Fields] | None = self._under(spec, lambda: self.fused(w_RK, spec, form))
             if found is not None:
                 return found
             fields = self._under(spec, lambda: self.fields(w_RK))
@@ -277,7 +277,7 @@ class Quantizer(nn.Module):
         """The numbers [R, K] in `dtype` that the codes of `quantize` stand for; a NaN in w stays where it is. `fields`
         are used where given. again: see `fake_quant_kernels.affine.decode`."""
         found = self._under(spec, lambda: self.fields(w_RK)) if fields is None else fields
-        return spec.grid.rounded(w_RK, *found, dtype, again)
+        return spec.grid.rounded(w_RK, *found, dtype=dtype, again=again)
 
     @final
     @torch.no_grad()

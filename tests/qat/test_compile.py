@@ -250,8 +250,8 @@ def test_a_graph_saves_codes_and_nothing_made_of_them(
     """Between forward and backward lie parameters, the cache's codes and fields, and tensors smaller than any weight:
     of codes as a CPU keeps them, of other codes, and of codes that an operator decodes which the compiler does not see
     into, as on CUDA; direct: there are no codes where the graph can round without them.
-    Mutations: decoding or rounding without a copy of its own, or without `again` -> the numbers are saved, four or eight
-    times as large."""
+    Mutations: decoding or rounding without a copy of its own, or without `again` -> the numbers are saved, four or
+    eight times as large."""
     if kind != "rows":
         monkeypatch.setattr(rowwise4, "fits", lambda *_: False)
     if "opaque" in kind:
