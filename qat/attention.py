@@ -104,7 +104,7 @@ class QATAttention(QATLayer):
 
 
 class _Held:
-    """Stands for the cache during one forward, as its attributes and methods but `update` are the cache's own."""
+    """Stands for the cache during one forward; what it has besides `update` is the cache's own."""
 
     def __init__(self, layer: QATAttention, cache: Any) -> None:
         self.layer, self.cache, self.used = layer, cache, False

@@ -20,6 +20,8 @@ DENSE = "dense"
 NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
 # decoded to bf16, whatever the dtype of the model
 IN_BF16 = (NVFP4, MXFP4, MXFP8)
+# dtypes that hold every static scale of a cache
+HOLDS_CACHE = {**HOLDS, "e8m0": HOLDS["bf16"]}
 _MX = 32
 _NVFP4 = ("nvfp4_over", "nvfp4_portable")
 _SCALE_DTYPES = {NVFP4: "torch.float8_e4m3fn", MXFP4: "torch.uint8", MXFP8: "torch.uint8"}
@@ -87,7 +89,7 @@ def cache_reasons(spec: QuantSpec) -> list[str]:
     for the keys of a layer and one for its values."""
     whole = spec.is_int and spec.bits == 8 and spec.signed and not spec.int_grid.narrow
     fits = (spec.kind == "e4m3" or whole) and spec.zero_point == "none" and spec.granularity == "tensor"
-    if fits and (spec.scale in HOLDS or spec.scale == "e8m0"):
+    if fits and spec.scale in HOLDS_CACHE:
         return []
     nearest = "{grid: e4m3 (or int, bits: 8), granularity: tensor, quantizer: ema, scale: e8m0 (or portable)}"
     return [f"cache {spec}: compressed-tensors has 8 bits and one scale per layer; nearest: {nearest}"]

@@ -41,6 +41,7 @@ from qat.export import hf_folder
 from qat.export.ct_schemes import (
     DENSE,
     FLOAT,
+    HOLDS_CACHE,
     IN_BF16,
     INTEGER,
     cache_reasons,
@@ -240,22 +241,25 @@ class CompressedTensors(HfFormat):
 
 def _cache_reasons(bundle: Bundle, dtype: torch.dtype) -> list[str]:
     """Why the caches of a model in this dtype do not fit: a `kv_cache_scheme` is that of each attention module."""
-    if not bundle.caches:
+    caches = bundle.caches
+    if not caches:
         return []
     found = []
-    odd = next((name for name, t in cache_scales(bundle.caches).items() if not torch.equal(t.to(dtype).float(), t)), "")
-    if odd:
-        found.append(f"{odd} would be rounded in {dtype}, the model's dtype; use scale: portable or e8m0 in its rule")
+    scales = {spec.scale: name for name, given in caches.items() for spec, _ in given.values()}
+    odd = next((scale for scale in scales if dtype not in HOLDS_CACHE.get(scale, (dtype,))), None)
+    if odd is not None:
+        what = f"cache scale={odd} of {scales[odd]}"
+        found.append(f"{what} does not fit a model in {dtype}, the dtype of stored scales; use portable")
     for name, module in bundle.attention.items():
         children = {*module._modules}
         if "kv_b_proj" in children:
             found.append(
-                f"{name} caches latents, for which compressed-tensors and vLLM have one scale; leave the rule out"
+                f"{name} caches latents, for which vLLM has one scale instead of two; leave the cache rule out"
             )
         elif not ({"k_proj", "v_proj"} <= children or "qkv_proj" in children):
-            found.append(f"{name} has no k_proj and v_proj, by which compressed-tensors knows attention; leave it out")
-        elif name not in bundle.caches:
-            found.append(f"{name} has no cache rule, and compressed-tensors gives a scheme to all attention; add one")
+            found.append(f"{name} has no k_proj and v_proj, by which compressed-tensors knows it; leave the rule out")
+        elif name not in caches:
+            found.append(f"{name} has no cache rule, and compressed-tensors gives its scheme to all attention; add one")
     return found
 
 

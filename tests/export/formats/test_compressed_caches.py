@@ -47,6 +47,9 @@ def test_its_cache_holds_what_ours_holds(
     model = make_model(dtype=dtype)
     # angles in fp32, as from_pretrained has them
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.mul_(8)
     bundle = quantize(model, {"bits": 4}, head=KEEP_HEAD, seen=IDS, cache={"cache": {**CACHE, **GRIDS[name]}})
     receipt = export(bundle, tmp_path / "out", "compressed-tensors")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -55,6 +58,8 @@ def test_its_cache_holds_what_ours_holds(
         assert loaded.get_submodule(layer).quantization_scheme.input_activations.num_bits == 8
         for which, (_, fields) in given.items():
             scale = state[f"{layer}.{which}_scale"]
+            other = given["v" if which == "k" else "k"][1]
+            assert other is not None and not torch.equal(scale.float(), other.scale.reshape(1))
             assert fields is not None and scale.dtype == dtype and scale.shape == (1,)
             assert torch.equal(scale.float(), fields.scale.reshape(1))
             assert receipt.caches[layer][which]["scale"] == fields.scale.item()
@@ -141,11 +146,22 @@ def test_what_the_scheme_cannot_say_is_refused(number: int, make_model: Any, qua
         raise AssertionError(found[0])
 
 
-def test_a_scale_that_the_dtype_rounds_is_refused(make_model: Any, quantize: Any) -> None:
-    model = make_model(dtype=torch.bfloat16)
-    bundle = quantize(model, {"bits": 4}, head=KEEP_HEAD, seen=IDS, cache=rule(scale="fp32"))
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, "fp32"), (torch.float16, "e8m0")], ids=["bf16", "fp16"])
+def test_a_scale_that_the_dtype_rounds_is_refused(
+    dtype: torch.dtype, scale: str, make_model: Any, quantize: Any
+) -> None:
+    bundle = quantize(make_model(dtype=dtype), {"bits": 4}, head=KEEP_HEAD, seen=IDS, cache=rule(scale=scale))
     found = get_format("compressed-tensors").check(bundle)
-    assert any("k_scale would be rounded in torch.bfloat16" in why for why in found)
+    assert len(found) == 1 and f"cache scale={scale} of model.layers" in found[0] and "use portable" in found[0]
+
+
+def test_latents_are_refused(make_model: Any, quantize: Any) -> None:
+    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "head_dim": 8}
+    model = make_model("DeepseekV3", **sizes, **experts, first_k_dense_replace=2)
+    bundle = quantize(model, {"bits": 4, "granularity": "channel", "group_size": None}, seen=IDS, cache=rule())
+    found = get_format("compressed-tensors").check(bundle)
+    assert any("self_attn caches latents, for which vLLM has one scale" in why for why in found)
 
 
 @pytest.mark.parametrize("name", sorted(set(all_formats()) - {"compressed-tensors"}))
