@@ -157,7 +157,14 @@ def test_a_scale_that_the_dtype_rounds_is_refused(
 
 def test_latents_are_refused(make_model: Any, quantize: Any) -> None:
     sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    experts = {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "head_dim": 8}
+    experts = {
+        "n_routed_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 1,
+        "head_dim": 8,
+        "num_key_value_heads": 4,
+    }
     model = make_model("DeepseekV3", **sizes, **experts, first_k_dense_replace=2)
     bundle = quantize(model, {"bits": 4, "granularity": "channel", "group_size": None}, seen=IDS, cache=rule())
     found = get_format("compressed-tensors").check(bundle)
