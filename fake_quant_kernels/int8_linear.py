@@ -98,9 +98,9 @@ def idle(device: torch.device, dtype: torch.dtype) -> str:
     """Why no product of integer codes pays on this device, whatever their sizes; empty: some do. dtype as in
     `reasons`."""
     if device.type == "cpu":
-        return _cpu_reason(dtype != torch.float32)
+        return _cpu_reason(dtype != torch.float32)  # type: ignore[no-any-return]
     if device.type == "cuda":
-        return _cuda_reason(device.index or 0)
+        return _cuda_reason(device.index or 0)  # type: ignore[no-any-return]
     return f"there is no integer matmul for {device.type}"
 
 

@@ -17,6 +17,7 @@ codes here: its layer quantizes anew in forward and backward, and keeps nothing 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from qat.quantizers import Quantizer
 from qat.reparam import Reparam
 
 if TYPE_CHECKING:
+    from qat.node import Slot
     from qat.specs import QuantSpec
 
 # codes, scale, zero, minimum; no codes where the weight is rounded where it is used
@@ -245,3 +247,29 @@ def _version(t: Tensor) -> int:
 def stays(w: Tensor | None) -> bool:
     """Whether a layer's parameter keeps its storage between forwards: not a shard, not on the meta device."""
     return w is not None and not w.is_meta and not hasattr(w, "placements") and not hasattr(w, "ds_id")
+
+
+class RecentCodes(threading.local):
+    """Layers that read the same tensor (q, k and v; gate and up) share its codes."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.x: weakref.ref[Tensor] | None = None
+        self.found: Any = None
+
+    def quantized(self, x: Tensor, slot: Slot) -> Any:
+        if x.is_inference():
+            # nothing tells whether it was changed in place
+            return slot.quantizer.quantize(slot.rows(x.detach()), slot.spec)
+        key = (slot.quantizer.name, slot.spec, x._version)
+        if self.x is None or self.x() is not x or self.key != key:
+            # gone with x, so that nothing outlives the layers that share it
+            self.x, self.key = weakref.ref(x, self._gone), key
+            # in inference mode too: the same tensor may be trained on next
+            with torch.inference_mode(False):
+                self.found = slot.quantizer.quantize(slot.rows(x.detach()), slot.spec)
+        return self.found
+
+    def _gone(self, ref: Any) -> None:
+        if self.x is ref:
+            self.x = self.key = self.found = None

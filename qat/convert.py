@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from qat.adapters import Adapters, refuse_later, wrappers
+from qat.attention import takes_cache
 from qat.errors import ExportError, QATError
 from qat.fold.rotate import restructure
-from qat.layers import QATLayer, input_quantizer, original_class, weight_quantizers
+from qat.layers import QATLayer, activation_quantizers, original_class, weight_quantizers
 from qat.layout import Layout
 from qat.norm_fold import folds_of
 from qat.plan import Plan, deployed, has_config
@@ -39,6 +40,7 @@ class Bundle(Mapping[str, QTensor]):
     config      its Hugging Face config, or None
     tied        parameter name -> the name under which the same parameter is listed
     inputs      layer name -> (spec, stored fields of a static range or None)
+    caches      name of attention -> the same of its keys (k) and values (v)
     plan        the plan with the names of the prepared root; `prefix` is what to strip from them
     recipe, step, weights   for the receipt; `weights` says which ones these are: last, best or ema
     example_inputs          what the module is called with, for formats that trace a graph: see `qat.export`
@@ -119,17 +121,30 @@ class Bundle(Mapping[str, QTensor]):
 
     @property
     def inputs(self) -> dict[str, tuple[QuantSpec, Fields | None]]:
-        found: dict[str, tuple[QuantSpec, Fields | None]] = {}
-        for name, layer in qat_layers(self.module).items():
-            quantizer, name = input_quantizer(layer), self._adapters.name(name)
-            if quantizer is not None:
+        return {name: given["input"] for name, given in self._activations() if "input" in given}
+
+    @property
+    def caches(self) -> dict[str, dict[str, tuple[QuantSpec, Fields | None]]]:
+        return {name: {"k": given["key"], "v": given["value"]} for name, given in self._activations() if "key" in given}
+
+    @property
+    def attention(self) -> dict[str, nn.Module]:
+        """Name -> module of all attention that takes a cache, quantized or not."""
+        found = self.module.named_modules()
+        return {self._adapters.name(name): module for name, module in found if takes_cache(module) is not None}
+
+    def _activations(self) -> Iterator[tuple[str, dict[str, tuple[QuantSpec, Fields | None]]]]:
+        for layer_name, layer in qat_layers(self.module).items():
+            name = self._adapters.name(layer_name)
+            found: dict[str, tuple[QuantSpec, Fields | None]] = {}
+            for what, quantizer in activation_quantizers(layer).items():
                 fields = None
                 if quantizer.static_activations:
                     known = self._dtypes.get(name)
                     with whole_quantizer(quantizer, getattr(torch, known[0]) if known else None):
                         fields = quantizer.kept()
-                found[name] = (quantizer.spec, fields)
-        return found
+                found[what] = (quantizer.spec, fields)
+            yield name, found
 
     @property
     def floats(self) -> Mapping[str, Tensor]:
@@ -242,12 +257,13 @@ def convert(model: nn.Module, *, weights: str = "last", require_final: bool = Tr
     for fold in folds_of(model):
         fold.refresh()
     for name, layer in qat_layers(model).items() if require_final else ():
-        quantizer = input_quantizer(layer)
-        seen = getattr(quantizer, "seen", None)
-        if isinstance(seen, Tensor) and not bool(seen):
-            raise ExportError(
-                f"{name}: the range of its input was never seen; train at least one step (in train mode), then export"
-            )
+        for what, quantizer in activation_quantizers(layer).items():
+            seen = getattr(quantizer, "seen", None)
+            if isinstance(seen, Tensor) and not bool(seen):
+                raise ExportError(
+                    f"{name}: the range of its {what} was never seen; train at least one step (in train mode), then "
+                    "export"
+                )
     return Bundle(model, weights)
 
 

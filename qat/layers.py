@@ -4,7 +4,8 @@
 
 While inactive a layer runs the float op of its own class, bit for bit, and gives its scales a zero gradient (so DDP
 has no unused parameters). Names, hooks, attributes, tying and flags of the module stay as they are; the quantizers
-are children called `<weight>_quantizer` and `input_quantizer`.
+are children called `<weight>_quantizer` and `input_quantizer`, of attention (`qat.attention`) `key_quantizer` and
+`value_quantizer`.
 
 Compiled (torch.compile, fullgraph too), a layer is part of the graph: its codes are inputs where the cache holds them,
 else the graph quantizes. Layers of experts break the graph: their backward runs the module's own forward again.
@@ -12,15 +13,13 @@ else the graph quantizes. Layers of experts break the graph: their backward runs
 
 from __future__ import annotations
 
-import threading
-import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.codes import CodeCache, Entry, fields_alone, forget_codes_of, packs, quantize, rows_of
+from qat.codes import CodeCache, Entry, RecentCodes, fields_alone, forget_codes_of, packs, quantize, rows_of
 from qat.fake_quant_kernels import fp8_linear, int8_linear
 from qat.fake_quant_kernels.dispatch import uncompiled
 from qat.fake_quant_kernels.pack import PLAIN
@@ -42,7 +41,9 @@ _OPS: dict[type[nn.Module], tuple[str, LayerOp]] = {
 }
 _CONV1D = ("Conv1D", LinearOp(transposed=True))
 _EXPERTS = ("Experts", ExpertsOp())
-TYPES = tuple(name for name, _ in (*_OPS.values(), _CONV1D, _EXPERTS))
+TYPES = (*(name for name, _ in (*_OPS.values(), _CONV1D, _EXPERTS)), "Attention")
+# What a layer rounds besides weights, and watches in training.
+_ACTIVATIONS = ("input", "key", "value")
 
 
 def layer_type(module: nn.Module) -> tuple[str, LayerOp] | None:
@@ -136,21 +137,21 @@ class QATLayer(nn.Module):
         super()._load_from_state_dict(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _revive, (self._qat.original,), self.__dict__
+        return revive, (self._qat.original,), self.__dict__
 
 
-def _revive(original: type[nn.Module]) -> nn.Module:
-    cls = swapped_class(original)
+def revive(original: type[nn.Module], base: type[QATLayer] = QATLayer) -> nn.Module:
+    cls = swapped_class(original, base)
     return cls.__new__(cls)  # type: ignore[no-any-return]
 
 
 _swapped: dict[type[nn.Module], Any] = {}
 
 
-def swapped_class(original: type[nn.Module]) -> Any:
-    """The class `QAT<Name>` derived from QATLayer and `original`, made once."""
+def swapped_class(original: type[nn.Module], base: type[QATLayer] = QATLayer) -> Any:
+    """The class `QAT<Name>` derived from `base` and `original`, made once."""
     if original not in _swapped:
-        _swapped[original] = type(f"QAT{original.__name__}", (QATLayer, original), {"__module__": original.__module__})
+        _swapped[original] = type(f"QAT{original.__name__}", (base, original), {"__module__": original.__module__})
     return _swapped[original]
 
 
@@ -168,6 +169,12 @@ def input_quantizer(layer: nn.Module) -> Quantizer | None:
     return found if isinstance(found, Quantizer) else None
 
 
+def activation_quantizers(layer: nn.Module) -> dict[str, Quantizer]:
+    """input | key | value -> quantizer."""
+    found = {name: layer._modules.get(f"{name}_quantizer") for name in _ACTIVATIONS}
+    return {name: quantizer for name, quantizer in found.items() if isinstance(quantizer, Quantizer)}
+
+
 def rounds_directly(layer: nn.Module, key: str, w: Tensor, dtype: torch.dtype) -> bool:
     """Whether this weight can do without codes: nothing multiplies them, and it is rounded in fewer passes than they
     are made and decoded. dtype: what the layer computes in."""
@@ -181,9 +188,7 @@ def rounds_directly(layer: nn.Module, key: str, w: Tensor, dtype: torch.dtype) -
 
 def layer_quantizers(layer: nn.Module) -> list[Quantizer]:
     """Every quantizer that a call of this layer uses."""
-    found = list(weight_quantizers(layer).values())
-    x_quantizer = input_quantizer(layer)
-    return [*found, x_quantizer] if x_quantizer is not None else found
+    return [*weight_quantizers(layer).values(), *activation_quantizers(layer).values()]
 
 
 def _float(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -236,7 +241,7 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
             backward = live.backward
         call = Call(layer, op, dtype, x_slot, tuple(slots), len(inputs), product, random, backward)
         y: Tensor = QuantizedLayer.apply(call, live.blend, seeds, *inputs, *weights, *x_quantized, *quantized, *factors)  # type: ignore[no-untyped-call]
-        y = _output(layer, live, y)
+        y = _output(layer, y)
         frozen = [q for q in layer_quantizers(layer) if q.frozen]
         return _kept_in_graph(y, frozen) if frozen else y
 
@@ -287,13 +292,18 @@ def _input(layer: nn.Module, live: Live, x: Tensor | None) -> tuple[Slot | None,
         return None, _NOTHING
     if live.trains(layer):
         _observe(quantizer, x)
+    return _activation(quantizer, x, shared=True)
+
+
+def _activation(quantizer: Quantizer, x: Tensor, shared: bool = False) -> tuple[Slot, _Quantized]:
+    """The slot of what is no weight with its codes and fields; shared: other layers may read it too."""
     spec = quantizer.live_spec
     slot = Slot(quantizer, spec, quantizer.rows_layout(x))
     if not quantizer.identity_gradient:
         fields = quantizer.fields(slot.rows(x.detach()))
         codes, used = quantizer.quantize(slot.rows(x.detach()), spec, fields)
         return slot, (codes, *_visible(fields, used.scale))
-    if torch.compiler.is_compiling() or quantizer.static_activations:
+    if not shared or torch.compiler.is_compiling() or quantizer.static_activations:
         # what is kept is not the same in every layer
         codes, fields = quantizer.quantize(slot.rows(x.detach()), spec)
     else:
@@ -302,55 +312,43 @@ def _input(layer: nn.Module, live: Live, x: Tensor | None) -> tuple[Slot | None,
 
 
 class _Rounded(torch.autograd.Function):
-    """y on the grid of its slot, with the gradient of y: the scales are dynamic."""
+    """x on the grid of its slot. Saved is x, where a gradient looks at it, and nothing else as large."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, slot: Slot, blend: Tensor | None) -> Tensor:
-        codes, fields = slot.quantizer.quantize(slot.rows(y), slot.spec)
-        return no_view(slot.hat(y, (codes, *fields), blend, y.dtype))
+    def forward(ctx: Any, slot: Slot, blend: Tensor | None, x: Tensor, *quantized: Tensor | None) -> Tensor:
+        ctx.slot, ctx.dtype = slot, x.dtype
+        ctx.save_for_backward(None if slot.quantizer.identity_gradient else x, blend, *quantized[1:])
+        return no_view(slot.hat(x, quantized, blend, x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, blend, *fields = ctx.saved_tensors
+        needs = (ctx.needs_input_grad[2], *ctx.needs_input_grad[4:])
+        dx, *dfields = ctx.slot.pull(grads[0], x, (None, *fields), blend, needs, ctx.dtype, False)
+        return None, None, dx, None, *dfields
 
 
-def _output(layer: nn.Module, live: Live, y: Tensor) -> Tensor:
+def rounded(layer: nn.Module, quantizer: Quantizer, x: Tensor) -> Tensor:
+    """x on the quantizer's grid; as it is while the layer is inactive."""
+    live: Live = layer._qat  # type: ignore[assignment]
+    if live.trains(layer):
+        _observe(quantizer, x)
+    if not live.active:
+        return _kept_in_graph(x, [quantizer])
+    with no_autocast(x.device.type):
+        slot, quantized = _activation(quantizer, x)
+        y: Tensor = _Rounded.apply(slot, live.blend, x, *quantized)  # type: ignore[no-untyped-call]
+    return _kept_in_graph(y, [quantizer]) if quantizer.frozen else y
+
+
+def _output(layer: nn.Module, y: Tensor) -> Tensor:
     """What the layer gives, quantized if a rule says so."""
     quantizer = layer._modules.get("output_quantizer")
-    if not isinstance(quantizer, Quantizer):
-        return y
-    with no_autocast(y.device.type):
-        slot = Slot(quantizer, quantizer.live_spec, quantizer.rows_layout(y))
-        return _Rounded.apply(y, slot, live.blend)  # type: ignore[no-any-return, no-untyped-call]
+    return rounded(layer, quantizer, y) if isinstance(quantizer, Quantizer) else y
 
 
-class _Recent(threading.local):
-    """Layers that read the same tensor (q, k and v; gate and up) share its codes."""
-
-    def __init__(self) -> None:
-        self.key: Any = None
-        self.x: weakref.ref[Tensor] | None = None
-        self.found: Any = None
-
-    def quantized(self, x: Tensor, slot: Slot) -> Any:
-        if x.is_inference():
-            # nothing tells whether it was changed in place
-            return slot.quantizer.quantize(slot.rows(x.detach()), slot.spec)
-        key = (slot.quantizer.name, slot.spec, x._version)
-        if self.x is None or self.x() is not x or self.key != key:
-            # gone with x, so that nothing outlives the layers that share it
-            self.x, self.key = weakref.ref(x, self._gone), key
-            # in inference mode too: the same tensor may be trained on next
-            with torch.inference_mode(False):
-                self.found = slot.quantizer.quantize(slot.rows(x.detach()), slot.spec)
-        return self.found
-
-    def _gone(self, ref: Any) -> None:
-        if self.x is ref:
-            self.x = self.key = self.found = None
-
-
-_recent = _Recent()
+_recent = RecentCodes()
 
 
 def _product(

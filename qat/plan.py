@@ -14,18 +14,18 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from qat.adapters import Adapters, is_peft_model
+from qat.attention import attention_op, no_attention
 from qat.errors import QATError
-from qat.fake_quant_kernels.int8_linear import LONGEST
 from qat.layers import TYPES, layer_type, listed_name, original_class
 from qat.layout import Layout
 from qat.norm_pairs import find_pairs
-from qat.quantizers import Quantizer, quantizer_class
+from qat.quantizers import Quantizer
 from qat.recipes.schema import Recipe, Rule, Slot
+from qat.row_reasons import NOT_PLAIN, row_reasons
 from qat.specs import QuantSpec
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
 _LISTED_REASONS = 4
-_NOT_PLAIN = "its weight is no plain parameter (parametrized, weight-normed or lazy)"
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ class PlanRow:
     output: QuantSpec | None = None
     # the batch norm that is multiplied into its weight
     norm: str = ""
+    # of attention: its keys and values, each with fields of its own
+    cache: QuantSpec | None = None
 
     @property
     def quantized(self) -> bool:
-        return any(spec is not None for spec in (self.weight, self.input, self.output))
+        return any(spec is not None for spec in (self.weight, self.input, self.output, self.cache))
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Plan:
             weight += f", with {row.norm}" if row.norm else ""
             x = str(row.input or "float") + ("" if row.backward == "float" else f", backward {row.backward}")
             x += "" if row.output is None else f", output {row.output}"
+            x += "" if row.cache is None else f", cache {row.cache}"
             cells = (row.name or "(the model)", row.type, row.rule or "-", weight, x)
             table.add_row(*cells, f"{row.params:,}")
         console = Console(width=160, record=True, file=io.StringIO())
@@ -150,6 +153,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     rows: list[PlanRow] = []
     problems: list[str] = []
     used: Counter[str] = Counter()
+    caches = any(rule.cache is not None for rule in recipe.rules.values())
     for name, rule in recipe.rules.items():
         for asked in rule.types:
             if asked not in TYPES and not rule.keep_float:
@@ -160,17 +164,19 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
         if id(module) in adapters.inner:
             continue
         names = (name, name.removeprefix(prefix))
-        row = _resolve((*names, *map(adapters.name, names)), module, recipe, used)
+        names = (*names, *map(adapters.name, names))
+        attention = caches and attention_op(module) is not None
+        row = _attention(names, module, recipe, used) if attention else _resolve(names, module, recipe, used)
         if row is None:
             continue
         if row.quantized:
-            problems += [
-                f"{name or 'the model'} (rule {row.rule}): {why}" for why in _row_reasons(row, module, parents)
-            ]
+            problems += [f"{name or 'the model'} (rule {row.rule}): {why}" for why in row_reasons(row, module, parents)]
         rows.append(row)
     for name, rule in recipe.rules.items():
-        if not used[name] and not rule.optional:
+        if not used[name] and not rule.optional and (rule.keep_float or _for_layers(rule)):
             problems.append(_unmatched(name, rule, rows))
+        if rule.cache is not None and not used[f"{name}.cache"] and not rule.optional:
+            problems.append(no_attention(name, [original_class(module).__name__ for module in model.modules()]))
     problems += _tied_reasons(model, rows, recipe, adapters)
     problems += adapters.reasons({row.name for row in rows if row.weight is not None})
     if recipe.batch_norm.fold:
@@ -208,7 +214,8 @@ def _resolve(names: tuple[str, ...], module: nn.Module, recipe: Recipe, used: Co
     why = "its forward is its own" if near else "no layer that can be quantized"
     row = PlanRow(names[0], original_class(module).__name__, None, None, None, 0, listed=False)
     for rule_name, rule in recipe.rules.items():
-        if not matches(rule, names, (kind, original_class(module).__name__)):
+        speaks = rule.keep_float or _for_layers(rule)
+        if not speaks or not matches(rule, names, (kind, original_class(module).__name__)):
             continue
         used[rule_name] += 1
         if rule.keep_float:
@@ -231,10 +238,30 @@ def _resolve(names: tuple[str, ...], module: nn.Module, recipe: Recipe, used: Co
         return replace(row, params=_numbers(module), note=why)
     kinds = entry[1].kinds(module)
     if not all(_is_plain(module._parameters.get(key)) for key in kinds):
-        return replace(row, params=_numbers(module), note=_NOT_PLAIN)
+        return replace(row, params=_numbers(module), note=NOT_PLAIN)
     shapes = {key: module._parameters[key].shape for key in kinds}  # type: ignore[union-attr]
     columns = min(Layout(tuple(shape), kinds[key]).rows_shape[1] for key, shape in shapes.items())
     return replace(row, params=sum(shape.numel() for shape in shapes.values()), kinds=kinds, columns=columns)
+
+
+def _for_layers(rule: Rule) -> bool:
+    """Whether a rule gives anything to modules that are no attention."""
+    return any(given is not None for given in (rule.weight, rule.input, rule.output, rule.backward))
+
+
+def _attention(names: tuple[str, ...], module: nn.Module, recipe: Recipe, used: Counter[str]) -> PlanRow:
+    """The row of attention with a cache."""
+    row = PlanRow(names[0], original_class(module).__name__, None, None, None, 0)
+    for rule_name, rule in recipe.rules.items():
+        if not matches(rule, names, ("Attention", row.type)):
+            continue
+        if rule.keep_float:
+            used[rule_name] += 1
+            row = replace(row, rule=rule_name, cache=None, listed=True)
+        elif rule.cache is not None:
+            used[f"{rule_name}.cache"] += 1
+            row = replace(row, rule=rule_name, cache=spec_of(rule.cache), listed=False)
+    return row
 
 
 def _is_plain(parameter: nn.Parameter | None) -> bool:
@@ -254,73 +281,6 @@ def _has_matrix(module: nn.Module) -> bool:
         _is_plain(p) and p.dim() > 1  # type: ignore[union-attr]
         for p in module._parameters.values()
     )
-
-
-def _row_reasons(row: PlanRow, module: nn.Module, parents: dict[int, nn.Module]) -> list[str]:
-    found: list[str] = []
-    entry = layer_type(module)
-    assert entry is not None
-    if not row.kinds:
-        return [f"{_NOT_PLAIN}; make it one, or keep this layer with keep_float: true"]
-    if "forward" in module.__dict__:
-        found.append(
-            "its forward was replaced on the instance (module.forward = ...), which would hide the quantized one; "
-            "remove that, or keep this layer with keep_float: true"
-        )
-    if row.weight is not None:
-        found += quantizer_class(row.weight.quantizer).reasons(row.weight)
-        for key, kind in row.kinds.items():
-            found += row.weight.shape_reasons(Layout(tuple(module._parameters[key].shape), kind).rows_shape[1])  # type: ignore[union-attr]
-    if row.input is not None:
-        found += quantizer_class(row.input.quantizer).reasons(row.input, activation=True)
-        if row.input.granularity == "group":
-            found += row.input.shape_reasons(row.columns)
-        if row.input.granularity != "tensor" and entry[0].startswith("Conv") and entry[0] != "Conv1D":
-            found.append(f"the input of {entry[0]} has no tokens; use granularity=tensor")
-    if row.output is not None:
-        found += quantizer_class(row.output.quantizer).reasons(row.output, activation=True)
-        if entry[0] not in ("Linear", "Conv1D"):
-            found.append(f"output is for Linear and Conv1D, not {entry[0]}; take it out of this rule")
-        elif row.output.granularity == "group":
-            outputs = Layout(tuple(module._parameters["weight"].shape), row.kinds["weight"]).rows_shape[0]  # type: ignore[union-attr]
-            found += [f"output: {why}" for why in row.output.shape_reasons(outputs)]
-    if row.backward != "float":
-        found += _backward_reasons(row, entry[0], module)
-    found += entry[1].reasons(module)
-    parent = parents.get(id(module))
-    if isinstance(parent, nn.MultiheadAttention):
-        found.append(
-            "torch.nn.MultiheadAttention reads this weight itself and would bypass the quantizer; "
-            f"keep it with a rule {{match: ['{row.name}'], keep_float: true}}"
-        )
-    return found
-
-
-def _backward_reasons(row: PlanRow, kind: str, module: nn.Module) -> list[str]:
-    """Why the gradients of this layer cannot be multiplied as 8-bit integers: their scales lie on the summed axis, so
-    there may be one per output channel and one per token."""
-    said = f"backward={row.backward}"
-    if kind != "Linear":
-        return [f"{said} is for Linear, not {kind}; use backward=float"]
-    found = []
-    w, x = row.weight, row.input
-    if w is None or not w.is_int or not w.signed or w.zero_point != "none" or w.granularity == "group":
-        found.append(
-            f"{said} needs a signed integer weight without zero points, granularity=channel or tensor; "
-            f"this one is {w or 'float'}"
-        )
-    if row.backward == "int8" and (x is None or not x.is_int or x.granularity == "group" or x.zero_point == "float"):
-        found.append(
-            f"{said} needs an integer input per token or tensor, zero_point none or int; this one is {x or 'float'}; "
-            "use int8_dgrad"
-        )
-    outputs = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
-    if outputs > LONGEST:
-        found.append(
-            f"{said} adds up at most {LONGEST} products in 32 bits, and this layer has {outputs} outputs; use "
-            "backward=float for it"
-        )
-    return found
 
 
 def _no_type(asked: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.adapters import Adapters, let_go, refuse_later, take_in
+from qat.attention import attention_op, swap_attention
 from qat.batch_norm import hold_batch_norm
 from qat.bypass import close_fast_paths, reopen_fast_paths
 from qat.errors import QATError, refuse_if
@@ -38,6 +39,7 @@ from qat.quantizers import Quantizer, make_quantizer
 from qat.recipes import from_dict, load_recipe, to_dict
 from qat.recipes.schema import Recipe
 from qat.reparam import Reparam
+from qat.specs import QuantSpec
 from qat.state import CHILD, QATState, folded, require_folded, require_state, rotations, state_of, structure
 from qat.steps import (
     apply_schedule,
@@ -151,7 +153,10 @@ def _insert(model: nn.Module, state: QATState, found: Plan, search: bool) -> Non
             reparam: Reparam | None = take_in(wrappers[row.name]) if row.name in wrappers else None
             if row.norm:
                 reparam = BatchNormFold(layer, model, (row.name, row.norm))
-            _swap(layer, row, shared, reparam)
+            if row.cache is not None:
+                _swap_attention(layer, row.cache)
+            else:
+                _swap(layer, row, shared, reparam)
             if counts:
                 for key, quantizer in layer._modules.items():
                     if isinstance(quantizer, Quantizer) and quantizer.layout.kind != "tokens":
@@ -229,7 +234,8 @@ def _refuse_sharded(model: nn.Module, found: Plan) -> None:
     """Scales have to exist before sharding, or they would be whole beside sharded weights."""
     for row in found.rows:
         layer = model.get_submodule(row.name)
-        if not isinstance(layer, QATLayer) and any(hasattr(layer._parameters[key], "placements") for key in row.kinds):
+        own = layer.parameters() if row.cache is not None else (layer._parameters[key] for key in row.kinds)
+        if not isinstance(layer, QATLayer) and any(hasattr(parameter, "placements") for parameter in own):
             raise QATError(
                 f"{row.name} is already sharded; call qat.prepare(model, recipe) in configure_model before fully_shard"
             )
@@ -268,6 +274,14 @@ def _swap(layer: nn.Module, row: PlanRow, shared: dict[int, Quantizer], reparam:
     layer.__dict__["_qat"] = Live(original_class(layer), entry[1], backward=row.backward, reparams=reparams)
     swapped: Any = swapped_class(original_class(layer))
     layer.__class__ = swapped
+
+
+def _swap_attention(layer: nn.Module, spec: QuantSpec) -> None:
+    op, first = attention_op(layer), next(layer.parameters())
+    assert op is not None
+    for name in ("key", "value"):
+        layer.add_module(f"{name}_quantizer", _made(spec, Layout((1, 1), "tokens"), first, layer))
+    swap_attention(layer, op)
 
 
 def _made(spec: Any, layout: Layout, weight: Tensor, layer: nn.Module) -> Quantizer:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat.batch_norm import hold_batch_norm
 from qat.codes import bytes_of, stays
 from qat.errors import QATError, refuse_if
-from qat.layers import QATLayer, input_quantizer, layer_quantizers, rounds_directly, weight_quantizers
+from qat.layers import QATLayer, activation_quantizers, layer_quantizers, rounds_directly, weight_quantizers
 from qat.norm_fold import BatchNormFold, agree_on_statistics, dead_reasons, folds_of
 from qat.oscillation import count_step
 from qat.quantizers import Quantizer
@@ -254,7 +254,7 @@ def after_optimizer_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -
                 "qat.prepare(model, recipe), from model.parameters()"
             )
         state.checked = True
-    watching = [q for layer in qat_layers(model).values() if (q := input_quantizer(layer)) is not None]
+    watching = [q for layer in qat_layers(model).values() for q in activation_quantizers(layer).values()]
     scratch: list[Tensor] = [q.scratch for q in watching if isinstance(getattr(q, "scratch", None), Tensor)]  # type: ignore[misc]
     if scratch and torch.distributed.is_available() and torch.distributed.is_initialized():
         joint = torch.cat([t.float() for t in scratch])
@@ -320,8 +320,7 @@ def missing_from(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) 
 def forget_observed(model: nn.Module) -> None:
     """Drop what inputs showed since the last optimizer step (a learning-rate finder's steps, say)."""
     for layer in qat_layers(model).values():
-        quantizer = input_quantizer(layer)
-        if quantizer is not None:
+        for quantizer in activation_quantizers(layer).values():
             quantizer.forget()
 
 

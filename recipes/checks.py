@@ -47,6 +47,7 @@ PERCENTILE_QUANTIZERS = ("lsq", "ewgs", "ema")
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 INPUT_GRANULARITIES = ("tensor", "token", "group")
 OUTPUT_QUANTIZERS = {name: INPUT_QUANTIZERS[name] for name in ("absmax", "minmax")}
+CACHE_QUANTIZERS = {name: zeros for name, zeros in INPUT_QUANTIZERS.items() if name != "local"}
 ZERO_POINTS = ("none", "int", "float")
 TWO_LEVELS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "nvfp4", "nvfp4_over", "nvfp4_portable", "bnb_nested")
 SCALES = ("portable", "fp32", "fp16", "bf16", "e8m0", *TWO_LEVELS, "exl2")
@@ -96,7 +97,9 @@ def check(recipe: Recipe) -> list[str]:
     for name, rule in recipe.rules.items():
         found += _rule(rule, join("rules", name))
     if recipe.rules and all(not _slots(rule) for rule in recipe.rules.values()):
-        found.append("rules: no rule has a weight or an input, so nothing would be quantized; add one to a rule")
+        found.append(
+            "rules: no rule has a weight, an input or a cache, so nothing would be quantized; add one to a rule"
+        )
     found += _phases(recipe)
     found += folding.reasons(recipe)
     found += starting.reasons(recipe, DYNAMIC_QUANTIZERS)
@@ -153,7 +156,7 @@ def _rule(rule: Rule, path: str) -> list[str]:
         if not name.isidentifier():
             found.append(f"{path}.types[{index}]: {show(name)} is not the short name of a class, like Linear")
     if rule.keep_float:
-        for key in ("weight", "input", "output", "backward"):
+        for key in ("weight", "input", "output", "cache", "backward"):
             if getattr(rule, key) is not None:
                 found.append(f"{path}.keep_float: true is not allowed beside {path}.{key}; leave one of them out")
     elif not _slots(rule) and rule.backward is None:
@@ -169,19 +172,19 @@ def _rule(rule: Rule, path: str) -> list[str]:
             )
     if rule.output is not None:
         found += _slot(rule.output, f"{path}.output", ("token", "group"), OUTPUT_QUANTIZERS)
-    if rule.input is not None:
-        found += _slot(rule.input, f"{path}.input", INPUT_GRANULARITIES, INPUT_QUANTIZERS)
-        if rule.input.granularity in ("token", "group") and rule.input.quantizer in STATIC_INPUT_QUANTIZERS:
+    for key, slot, quantizers in (("input", rule.input, INPUT_QUANTIZERS), ("cache", rule.cache, CACHE_QUANTIZERS)):
+        if slot is not None:
+            found += _slot(slot, f"{path}.{key}", INPUT_GRANULARITIES, quantizers)
+        if slot is not None and slot.granularity in ("token", "group") and slot.quantizer in STATIC_INPUT_QUANTIZERS:
             found.append(
-                f"{path}.input.granularity: {show(rule.input.granularity)} is not allowed with quantizer="
-                f"{rule.input.quantizer}, whose range is fixed before a token is seen; allowed: tensor, or "
-                "quantizer=absmax or minmax"
+                f"{path}.{key}.granularity: {show(slot.granularity)} is not allowed with quantizer={slot.quantizer}, "
+                "whose range is fixed before a token is seen; allowed: tensor, or quantizer=absmax or minmax"
             )
     return found
 
 
 def _slots(rule: Rule) -> list[Slot]:
-    return [slot for slot in (rule.weight, rule.input, rule.output) if slot is not None]
+    return [slot for slot in (rule.weight, rule.input, rule.output, rule.cache) if slot is not None]
 
 
 def _slot(slot: Slot, path: str, granularities: tuple[str, ...], quantizers: dict[str, tuple[str, ...]]) -> list[str]:
@@ -300,13 +303,13 @@ def _phases(recipe: Recipe) -> list[str]:
                 )
         found += _phase_bits(phase, path, recipe.rules)
         found += training.reasons(phase, path, recipe)
-        kept = [(key, rule.input.quantizer) for key, rule in recipe.rules.items() if rule.input]
-        static = [key for key, name in kept if name in SEEING_INPUT_QUANTIZERS]
+        kept = [(f"{join('rules', key)}.input", rule.input) for key, rule in recipe.rules.items()]
+        kept += [(f"{join('rules', key)}.cache", rule.cache) for key, rule in recipe.rules.items()]
+        static = [(key, slot.quantizer) for key, slot in kept if slot and slot.quantizer in SEEING_INPUT_QUANTIZERS]
         if phase.steps == 0 and name == last and static:
             found.append(
-                f"{path}.steps: 0 is not allowed with {join('rules', static[0])}.input.quantizer="
-                f"{recipe.rules[static[0]].input.quantizer}, whose range is seen in training; allowed: -1, or "  # type: ignore[union-attr]
-                "quantizer=absmax or minmax"
+                f"{path}.steps: 0 is not allowed with {static[0][0]}.quantizer={static[0][1]}, whose range is seen in "
+                "training; allowed: -1, or quantizer=absmax or minmax"
             )
     if not any(phase.quantize for phase in recipe.phases.values()):
         found.append("phases: none of them quantizes; set quantize: true in the last one")

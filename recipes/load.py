@@ -126,9 +126,10 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
         # records of versions that did not know these words stay the same
         if rule["backward"] is None:
             del rule["backward"]
-        if rule["output"] is None:
-            del rule["output"]
-        for slot in (rule["weight"], rule["input"], rule.get("output")):
+        for word in ("output", "cache"):
+            if rule[word] is None:
+                del rule[word]
+        for slot in (rule["weight"], rule["input"], rule.get("output"), rule.get("cache")):
             if slot is not None and not slot["signed_scale"]:
                 del slot["signed_scale"]
             if slot is not None and slot["percentile"] is None:

@@ -13,12 +13,13 @@ from typing import Any
 
 @dataclass
 class Slot:
-    """The numbers of one tensor of a layer, weight, input or output; the words are those of `qat.specs.QuantSpec`."""
+    """The numbers of one tensor of a layer, weight, input, output or cache; the words are those of
+    `qat.specs.QuantSpec`."""
 
     # Bits of a code, 1..8.
     bits: int = 8
     # Numbers that share one scale. Weights: tensor | channel | group; inputs: tensor | token | group, of a token;
-    # outputs: token | group.
+    # outputs: token | group; caches: tensor | token | group, of a head's token.
     granularity: str = "channel"
     # Numbers of a row in one group, with granularity=group only; has to divide the inputs of a row.
     group_size: int | None = None
@@ -75,7 +76,7 @@ class Slot:
 
 @dataclass
 class Rule:
-    """Which layers, and what they get. The last rule that matches replaces a slot (weight, input, output) whole."""
+    """Which layers, and what they get. The last rule that matches replaces a slot (weight, input, ...) whole."""
 
     # Names of modules: globs over the whole dotted name ("*mlp*"), or "re:" and a regular expression.
     match: list[str] = field(default_factory=lambda: ["*"])
@@ -83,8 +84,11 @@ class Rule:
     types: list[str] = field(default_factory=list)
     weight: Slot | None = None
     input: Slot | None = None
-    # Of what a layer gives, as k_proj and v_proj what a cache of keys and values keeps; scales of each token.
+    # Of what a layer gives; scales of each token.
     output: Slot | None = None
+    # Of attention (types: Attention): keys, after their rotation, and values as its cache keeps them, in training too;
+    # one scale for the keys and one for the values with granularity=tensor.
+    cache: Slot | None = None
     # How the gradients' matmuls of Linear run: float | int8, in 8-bit integers with stochastic rounding | int8_dgrad,
     # that for the gradient of the input only. null: as the rule before says, float if none does.
     backward: str | None = None

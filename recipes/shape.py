@@ -114,7 +114,7 @@ def class_errors(recipe: Recipe) -> list[tuple[str, str]]:
         *((key, getattr(recipe, key), type(getattr(Recipe(), key))) for key in _PARTS),
     ]
     for name, rule in recipe.rules.items():
-        for key in ("weight", "input", "output"):
+        for key in ("weight", "input", "output", "cache"):
             slot = getattr(rule, key, None)
             if slot is not None:
                 wanted.append((join(join("rules", name), key), slot, Slot))

@@ -23,6 +23,7 @@ LAYERS = {
     "recipes": 2,
     "adapters": 3,
     "allocate": 3,
+    "attention": 3,
     "batch_norm": 3,
     "bypass": 3,
     "codes": 3,
@@ -42,6 +43,7 @@ LAYERS = {
     "plan": 3,
     "prepare": 3,
     "reparam": 3,
+    "row_reasons": 3,
     "schedule": 3,
     "state": 3,
     "steps": 3,
@@ -58,7 +60,18 @@ ONLY_IN = {"triton": {"fake_quant_kernels"}, "omegaconf": {"recipes"}, "yaml": {
 # A recipe is read without torch.
 TORCH_FREE = {"errors", "recipes"}
 # What leaves training is a Bundle: the export sees neither the layers that made it nor their quantizers.
-EXPORT_MAY_NOT = {"quantizers", "layers", "ops", "prepare", "schedule", "state", "bypass", "callbacks", "recipes"}
+EXPORT_MAY_NOT = {
+    "quantizers",
+    "layers",
+    "attention",
+    "ops",
+    "prepare",
+    "schedule",
+    "state",
+    "bypass",
+    "callbacks",
+    "recipes",
+}
 
 
 def is_type_checking(node: ast.AST) -> bool:

@@ -127,7 +127,8 @@ def _write(fmt: Format, stream: TensorStream, folder: Path, tokenizer: Any) -> R
         recipe=bundle.recipe,
         tensors=stream.records,
         files=file_records(folder),
-        inputs={layer: _input(spec, fields) for layer, (spec, fields) in stream.inputs.items()},
+        inputs={layer: _input(*given) for layer, given in stream.inputs.items()},
+        caches={layer: {which: _input(*one) for which, one in given.items()} for layer, given in stream.caches.items()},
         reader=fmt.reader(),
         versions={"torch": torch.__version__, "qat": _version(), **fmt.versions()},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from qat.qtensor import Fields
 from qat.specs import QuantSpec
 
 PACKED, INTEGER, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+# no weight is packed
+DENSE = "dense"
 NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
 # decoded to bf16, whatever the dtype of the model
 IN_BF16 = (NVFP4, MXFP4, MXFP8)
+# dtypes that hold every static scale of a cache
+HOLDS_CACHE = {**HOLDS, "e8m0": HOLDS["bf16"]}
 _MX = 32
 _NVFP4 = ("nvfp4_over", "nvfp4_portable")
 _SCALE_DTYPES = {NVFP4: "torch.float8_e4m3fn", MXFP4: "torch.uint8", MXFP8: "torch.uint8"}
@@ -77,6 +82,32 @@ def input_reasons(spec: QuantSpec, weight: QuantSpec) -> list[str]:
         nearest = "{bits: 8, granularity: token, zero_point: none, narrow: false, signed: true}"
         found.append(f"input grid {spec}: compressed-tensors takes the whole signed grid; nearest: {nearest}")
     return found
+
+
+def cache_reasons(spec: QuantSpec) -> list[str]:
+    """Why keys and values on this grid are none of a `kv_cache_scheme`: its readers have 8 bits, signed, and one scale
+    for the keys of a layer and one for its values."""
+    whole = spec.is_int and spec.bits == 8 and spec.signed and not spec.int_grid.narrow
+    fits = (spec.kind == "e4m3" or whole) and spec.zero_point == "none" and spec.granularity == "tensor"
+    if fits and spec.scale in HOLDS_CACHE:
+        return []
+    nearest = "{grid: e4m3 (or int, bits: 8), granularity: tensor, quantizer: ema, scale: e8m0 (or portable)}"
+    return [f"cache {spec}: compressed-tensors has 8 bits and one scale per layer; nearest: {nearest}"]
+
+
+def cache_scheme(specs: Collection[QuantSpec]) -> dict[str, Any] | None:
+    """`kv_cache_scheme` of caches that all have one grid; None: there are none."""
+    if not specs:
+        return None
+    spec = next(iter(specs))
+    return {
+        "num_bits": spec.bits,
+        "type": "int" if spec.is_int else "float",
+        "symmetric": True,
+        "strategy": "tensor",
+        "group_size": None,
+        "dynamic": False,
+    }
 
 
 def symmetric(spec: QuantSpec) -> bool:

@@ -52,7 +52,8 @@ class Entry:
 class TensorStream:
     """The tensors of a bundle in one fixed order, once, each with its record for the receipt.
 
-    Quantized ones first, then the floats; the ranges of static inputs get records but lie in `inputs`. A parameter
+    Quantized ones first, then the floats; the ranges of static inputs and caches get records but lie in `inputs` and
+    `caches`. A parameter
     that the model itself ties to another (output head to embedding) is not listed twice. Every rank of a distributed
     run must go through it to the end: an access may be collective.
     """
@@ -62,6 +63,8 @@ class TensorStream:
         self.records: list[TensorRecord] = []
         # layer -> (spec, fields of a static range or None)
         self.inputs = bundle.inputs
+        # attention -> the same of its keys (k) and values (v)
+        self.caches = bundle.caches
         self.entries = [*self._quantized(), *self._floats()]
         self._iterator = self._run()
 
@@ -100,7 +103,7 @@ class TensorStream:
             yield entry, value
         self.records += [
             TensorRecord(name, None, [1], str(value.dtype).removeprefix("torch."), tensor_sha256(value))
-            for name, value in static_ranges(self.inputs).items()
+            for name, value in (static_ranges(self.inputs) | cache_scales(self.caches)).items()
         ]
 
 
@@ -124,6 +127,17 @@ def static_ranges(inputs: dict[str, tuple[QuantSpec, Fields | None]]) -> dict[st
             zero = fields.zero.detach().cpu().reshape(1) - spec.int_grid.qmin - (1 << (spec.bits - 1))
             found[f"{layer}.input_zero_point"] = zero.to(torch.int16)
     return found
+
+
+def cache_scales(caches: dict[str, dict[str, tuple[QuantSpec, Fields | None]]]) -> dict[str, Tensor]:
+    """Static scales of keys and values, fp32 [1], as the receipt and `Format.read` name them: `<attention>.k_scale` and
+    `.v_scale`."""
+    return {
+        f"{layer}.{which}_scale": fields.scale.detach().cpu().float().reshape(1)
+        for layer, given in caches.items()
+        for which, (_, fields) in given.items()
+        if fields is not None
+    }
 
 
 def divisor(spec: QuantSpec, parts: Mapping[str, Tensor]) -> Tensor:
@@ -165,9 +179,10 @@ class Format(ABC):
                     f"batch_norm.fold: {self.name} holds a layer's tensors, and its reader would run the norm once "
                     "more; use onnx or openvino, or fold: false"
                 )
-            for why in [*lost, *self.row_reasons(row)]:
+            for why in [*lost, *(self.row_reasons(row) if row.cache is None else self.cache_reasons(row.cache))]:
                 found.setdefault(why, []).append(row.name or "the model")
         reasons = [f"{_names(names)}: {why}" for why, names in found.items()]
+        reasons += self.plan_reasons(plan)
         if isinstance(source, Bundle):
             lost = [row.name for row in plan.rows if not row.name.startswith(source.prefix)]
             if lost:
@@ -178,6 +193,14 @@ class Format(ABC):
     @abstractmethod
     def row_reasons(self, row: PlanRow) -> list[str]:
         """Why this layer's grids do not fit."""
+
+    def cache_reasons(self, spec: QuantSpec) -> list[str]:
+        """Why attention's keys and values on this grid do not fit."""
+        return [f"cache {spec}: {self.name} holds no scales of a cache; use compressed-tensors, or leave the rule out"]
+
+    def plan_reasons(self, plan: Plan) -> list[str]:
+        """Why the layers do not fit together."""
+        return []
 
     @abstractmethod
     def model_reasons(self, bundle: Bundle, tokenizer: Any) -> list[str]:
@@ -199,7 +222,8 @@ class Format(ABC):
     def read(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         """(parameter name, weight) for every tensor in the files, by the consumer's own code where it is installed.
 
-        Ranges of static inputs come under the names of `static_ranges`, in the dtype of the file.
+        Ranges of static inputs and caches come under the names of `static_ranges` and `cache_scales`, in the dtype of
+        the file.
         Raises ExportError for a damaged file.
         """
 
@@ -279,14 +303,14 @@ def read_back(fmt: Format, folder: Path, records: list[TensorRecord], bundle: Bu
 
 
 def _is_range(name: str) -> bool:
-    return name.endswith((".input_scale", ".input_zero_point", ".input_global_scale"))
+    return name.endswith((".input_scale", ".input_zero_point", ".input_global_scale", ".k_scale", ".v_scale"))
 
 
 def _by(seen: Tensor, name: str, bundle: Bundle | None) -> str:
     if bundle is None:
         return ""
     if _is_range(name):
-        trained = static_ranges(bundle.inputs)[name]
+        trained = (static_ranges(bundle.inputs) | cache_scales(bundle.caches))[name]
     else:
         trained = bundle[name].dequantize() if name in bundle else bundle.floats[name]
     return f" (largest difference {(seen.double() - trained.detach().cpu().double()).abs().max().item():.3g})"

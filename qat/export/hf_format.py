@@ -81,6 +81,10 @@ class HfFormat(Format):
         `config` is the whole config.json. What it raises for damaged tensors is told as an ExportError.
         """
 
+    def extra_tensors(self, stream: TensorStream, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Name -> tensor of what belongs to no parameter; `dtype` is the model's."""
+        return {}
+
     def extra_files(self, stream: TensorStream, folder: Path) -> None:
         """Write what the folder holds besides config, safetensors and tokenizer."""
         return
@@ -109,6 +113,7 @@ class HfFormat(Format):
                 layer = layer_of(name)
                 tensors = self.layer_tensors(name, value, stream.inputs.get(layer), dtype)
                 shards.add({f"{layer}.{key}": tensor for key, tensor in tensors.items()})
+        shards.add(self.extra_tensors(stream, dtype))
         shards.close()
         hf_folder.write_config(folder, bundle.module, self.quantization_config(stream))
         self.extra_files(stream, folder)

@@ -21,7 +21,8 @@ _CHUNK = 1 << 22
 class TensorRecord:
     """One tensor of the file.
 
-    name           parameter name in the deployed module, or as `qat.export.format.static_ranges` calls a range
+    name           parameter name in the deployed module, or as `static_ranges` or `cache_scales` of `qat.export.format`
+                   calls a range
     spec           the QuantSpec as plain data; None: a tensor that is not quantized
     shape, dtype   of the weight that the training forward used
     sha256         of that weight's bytes, row-major (-0.0 counted as 0.0)
@@ -53,6 +54,7 @@ class Receipt:
 
     weights   last, best or ema: which weights of the run these are
     inputs    layer -> spec and, for a static range, scale and zero point of its quantized input
+    caches    attention -> the same of its keys (k) and values (v)
     reader    whose code read the file back when the receipt was written
     """
 
@@ -63,6 +65,7 @@ class Receipt:
     tensors: list[TensorRecord]
     files: list[FileRecord]
     inputs: dict[str, Any] = field(default_factory=dict)
+    caches: dict[str, Any] = field(default_factory=dict)
     reader: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     version: int = VERSION

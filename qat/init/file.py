@@ -53,8 +53,10 @@ def start_from_file(model: nn.Module, folder: str | PathLike[str], format: str |
     taken = []
     read = set()
     for name, weight, packed in fmt.entries(path):
-        if name.endswith((".input_scale", ".input_zero_point")) and name not in live:
-            raise QATError(f"{path} holds {name}: training cannot start from a file with fixed ranges of inputs yet")
+        if name.endswith((".input_scale", ".input_zero_point", ".k_scale", ".v_scale")) and name not in live:
+            raise QATError(
+                f"{path} holds {name}: training cannot start from a file with fixed ranges of inputs or caches yet"
+            )
         if name not in live:
             raise QATError(f"{path} holds {name}, which {type(inner).__name__} lacks; is it another model?")
         if tuple(weight.shape) != tuple(live[name].shape):

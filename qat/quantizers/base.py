@@ -276,8 +276,8 @@ class Quantizer(nn.Module):
     ) -> Tensor:
         """The numbers [R, K] in `dtype` that the codes of `quantize` stand for; a NaN in w stays where it is. `fields`
         are used where given. again: see `fake_quant_kernels.affine.decode`."""
-        found = self._under(spec, lambda: self.fields(w_RK)) if fields is None else fields
-        return spec.grid.rounded(w_RK, *found, dtype=dtype, again=again)
+        scale, zero, minimum = self._under(spec, lambda: self.fields(w_RK)) if fields is None else fields
+        return spec.grid.rounded(w_RK, scale, zero, minimum, dtype, again)
 
     @final
     @torch.no_grad()

@@ -11,7 +11,9 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 import qat
 from qat.callbacks import DistillationCallback, ExportCallback, QATCallback
-from qat.export.format import Format
+from qat.export import get_format
+from qat.export.format import Format, cache_scales
+from qat.recipes.schema import Rule, Slot
 
 WEIGHT = {"group_size": 32}
 CT = "compressed-tensors"
@@ -151,3 +153,23 @@ def test_export_from_a_checkpoint_without_script_or_callback(tmp_path: Path, wei
     loaded = qat.load_from_checkpoint(tmp_path / "x.ckpt", Language().model)
     qat.export(loaded, tmp_path / "out", CT)
     same(tmp_path / "out", module)
+
+
+@pytest.mark.parametrize("quantizer", ["ema", "lsq"])
+def test_a_cache_of_keys_and_values(quantizer: str, tmp_path: Path) -> None:
+    """Rehearsed before its ranges were seen; written as they are after the last step; resumed with them."""
+    # mutation: activation_quantizers without key and value in steps -> red
+    slot = {"grid": "e4m3", "granularity": "tensor", "quantizer": quantizer, "scale": "e8m0"}
+    the_recipe = recipe(WEIGHT)
+    the_recipe.rules["cache"] = Rule(cache=Slot(**slot))
+    export = ExportCallback(tmp_path / "out", CT)
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    module = fit(tmp_path, DistillationCallback(), export, checkpoint, the_recipe=the_recipe, enable_checkpointing=True)
+    scales = {
+        name: value for name, value in get_format(CT).read(tmp_path / "out") if name.endswith(("k_scale", "v_scale"))
+    }
+    trained = cache_scales(qat.convert(module).caches)
+    assert len(scales) == 4 and all(torch.equal(scales[name], value) for name, value in trained.items())
+    loaded = qat.load_from_checkpoint(tmp_path / "last.ckpt", Language().model)
+    again = cache_scales(qat.convert(loaded).caches)
+    assert all(torch.equal(again[name], value) for name, value in trained.items())

@@ -121,7 +121,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({f"{I}.zero_point": "int"}, f'{I}.zero_point: "int" is not allowed with quantizer=absmax', "allowed: none"),
     # rules
     ({"rules": {}}, "rules: there is no rule", "add one"),
-    ({"rules.linears": None}, "rules: no rule has a weight or an input", "add one"),
+    ({"rules.linears": None}, "rules: no rule has a weight, an input or a cache", "add one"),
     ({"rules.empty": {"match": ["*"]}}, "rules.empty: the rule does nothing", "keep_float: true"),
     ({"rules.linears.keep_float": True}, "rules.linears.keep_float: true is not allowed beside", "leave one of them"),
     ({"rules.linears.match": []}, "rules.linears.match: [] matches nothing", 'write ["*"]'),
@@ -242,6 +242,30 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "rules.head.keep_float: true is not allowed",
         "rules.head.output",
     ),
+    (
+        {"rules.cache": {"cache": {"granularity": "channel"}}},
+        'rules.cache.cache.granularity: "channel" is not allowed',
+        "allowed: tensor, token, group",
+    ),
+    (
+        {"rules.cache": {"cache": {"granularity": "token", "quantizer": "ema"}}},
+        'rules.cache.cache.granularity: "token" is not allowed with quantizer=ema',
+        "allowed: tensor, or",
+    ),
+    (
+        {"rules.cache": {"cache": {"granularity": "tensor", "quantizer": "local"}}},
+        'rules.cache.cache.quantizer: "local" is not allowed',
+        "allowed: absmax",
+    ),
+    (
+        {
+            "phases": {"wait": None, "qat": {"steps": 0}},
+            "rules.cache": {"cache": {"granularity": "tensor", "quantizer": "ema"}},
+        },
+        "phases.qat.steps: 0 is not allowed with rules.cache.cache.quantizer=ema",
+        "range is seen in training",
+    ),
+    ({"rules.head.cache": {"granularity": "token"}}, "rules.head.keep_float: true is not allowed", "rules.head.cache"),
     ({"phases.qat.train": "scale"}, 'phases.qat.train: "scale" is not allowed', "allowed: all, scales"),
     ({"phases.qat.train": "scales"}, 'phases.qat.train: "scales" is not allowed', "allowed: all, or scales in every"),
     ({"phases.wait.train": "scales"}, 'phases.wait.train: "scales" is not allowed', "beside phases that train weights"),
@@ -326,6 +350,8 @@ RIGHT_TOO: list[dict[str, Any]] = [
     {"rules.head": None},
     {"phases.wait.steps": 0},
     {"rules.cache": {"match": ["*k_proj"], "output": {"bits": 4, "granularity": "group", "group_size": 16}}},
+    {"rules.cache": {"cache": {"grid": "e4m3", "granularity": "tensor", "quantizer": "ema", "scale": "e8m0"}}},
+    {"rules.cache": {"cache": {"bits": 4, "granularity": "group", "group_size": 16}}},
     {"init": {"method": "blockwise"}, "phases.wait.steps": 0, f"{W}.quantizer": "absmax"},
     {"phases": {"wait": {"train": "scales", "quantize": True, "steps": 9}, "qat": {"train": "scales"}}},
     {"train": {"devices": 4, "lr": 1}},

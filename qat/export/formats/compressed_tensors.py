@@ -13,7 +13,8 @@
     nvfp4-pack-quantized   weight_packed as above; weight_scale e4m3 f [O, I/16]; weight_global_scale fp32 G [1];
                            s = f / G in fp32
 
-A static input adds `input_scale` [1] (and `input_zero_point`), one of nvfp4 `input_global_scale` fp32 [1]. Layers of
+A static input adds `input_scale` [1] (and `input_zero_point`), one of nvfp4 `input_global_scale` fp32 [1]. A quantized
+cache adds `k_scale` and `v_scale` [1] to each attention module, in the model's dtype, and `kv_cache_scheme`. Layers of
 different grids become config groups, each with its format. `W = (q - z) * s` in the model's dtype t: with s exact in t,
 both factors and (below fp32) the product need no rounding but the last, so it equals the fp32 product cast to t. 4-bit
 floats are decoded in fp32 and cast to bf16 whatever the model is: nvfp4_over needs a model in bf16; with powers of two
@@ -38,9 +39,13 @@ from qat.convert import Bundle
 from qat.errors import ExportError
 from qat.export import hf_folder
 from qat.export.ct_schemes import (
+    DENSE,
     FLOAT,
+    HOLDS_CACHE,
     IN_BF16,
     INTEGER,
+    cache_reasons,
+    cache_scheme,
     container_of,
     group_of,
     input_reasons,
@@ -50,11 +55,11 @@ from qat.export.ct_schemes import (
     symmetric,
     weight_reasons,
 )
-from qat.export.format import TensorStream, divisor
+from qat.export.format import TensorStream, cache_scales, divisor
 from qat.export.hf_format import HOLDS, KEEP, HfFormat, layer_of, targets
 from qat.export.packing import pack_bits, unpack_bits, words_per_row
 from qat.layout import Layout
-from qat.plan import PlanRow
+from qat.plan import Plan, PlanRow
 from qat.qtensor import Fields, QTensor
 from qat.scales import TwoLevel
 from qat.specs import QuantSpec
@@ -65,7 +70,7 @@ class CompressedTensors(HfFormat):
 
     name = "compressed-tensors"
     bits = "1 to 8"
-    contents = "int, ternary, e4m3, MXFP8, MXFP4, NVFP4; inputs of 8 bits or NVFP4; mixed layers"
+    contents = "int, ternary, e4m3, MXFP8, MXFP4, NVFP4; inputs of 8 bits or NVFP4; caches of 8 bits; mixed layers"
     consumers = ("vllm", "transformers", "sglang")
     consumer = ("compressed-tensors", "compressed_tensors")
     mark = "weight_scale"
@@ -83,6 +88,15 @@ class CompressedTensors(HfFormat):
             found += input_reasons(row.input, row.weight)
         return found
 
+    def cache_reasons(self, spec: QuantSpec) -> list[str]:
+        return cache_reasons(spec)
+
+    def plan_reasons(self, plan: Plan) -> list[str]:
+        caches = {row.cache.kind: row.name for row in plan.rows if row.cache is not None}
+        if len(caches) < 2:
+            return []
+        return [f"{' and '.join(caches.values())} keep keys and values on different grids; compressed-tensors has one"]
+
     def holds(self, spec: QuantSpec) -> tuple[torch.dtype, ...]:
         return HOLDS["portable"] if container_of(spec, None) in IN_BF16 else super().holds(spec)
 
@@ -94,6 +108,7 @@ class CompressedTensors(HfFormat):
         specs = bundle.specs()
         inputs = bundle.inputs
         static = {name: spec.scale for name, (spec, fields) in inputs.items() if fields and spec.group_size is None}
+        found += _cache_reasons(bundle, dtype)
         layer = next((name for name, scale in static.items() if dtype not in HOLDS[scale]), None)
         if layer is not None:
             what = f"input scale={static[layer]} of {layer}"
@@ -178,6 +193,9 @@ class CompressedTensors(HfFormat):
         tensors = self.pack(name, weight, container_of(weight.spec, given), dtype)
         return tensors | _static_input(layer_of(name), given, dtype)
 
+    def extra_tensors(self, stream: TensorStream, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: scale.to(dtype) for name, scale in cache_scales(stream.caches).items()}
+
     def quantization_config(self, stream: TensorStream) -> dict[str, Any]:
         """One group: every Linear but the ignored ones. Several: each lists its layers by name."""
         members: dict[str, list[str]] = {}
@@ -189,13 +207,14 @@ class CompressedTensors(HfFormat):
             for number, (scheme, layers) in enumerate(members.items())
         }
         containers = {group["format"] for group in groups.values()}
+        caches = [spec for given in stream.caches.values() for spec, _ in given.values()]
         return {
             "quant_method": "compressed-tensors",
-            "format": containers.pop() if len(containers) == 1 else "mixed-precision",
+            "format": containers.pop() if len(containers) == 1 else "mixed-precision" if containers else DENSE,
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": [name for name in stream.bundle.linears if name not in quantized],
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": cache_scheme(caches),
             "global_compression_ratio": None,
         }
 
@@ -218,6 +237,30 @@ class CompressedTensors(HfFormat):
 
         compressor = BaseCompressor.get_value_from_registry(scheme["format"])
         return compressor.decompress(tensors, QuantizationScheme(**scheme))["weight"]  # type: ignore[no-any-return]
+
+
+def _cache_reasons(bundle: Bundle, dtype: torch.dtype) -> list[str]:
+    """Why the caches of a model in this dtype do not fit: a `kv_cache_scheme` is that of each attention module."""
+    caches = bundle.caches
+    if not caches:
+        return []
+    found = []
+    scales = {spec.scale: name for name, given in caches.items() for spec, _ in given.values()}
+    odd = next((scale for scale in scales if dtype not in HOLDS_CACHE.get(scale, (dtype,))), None)
+    if odd is not None:
+        what = f"cache scale={odd} of {scales[odd]}"
+        found.append(f"{what} does not fit a model in {dtype}, the dtype of stored scales; use portable")
+    for name, module in bundle.attention.items():
+        children = {*module._modules}
+        if "kv_b_proj" in children:
+            found.append(
+                f"{name} caches latents, for which vLLM has one scale instead of two; leave the cache rule out"
+            )
+        elif not ({"k_proj", "v_proj"} <= children or "qkv_proj" in children):
+            found.append(f"{name} has no k_proj and v_proj, by which compressed-tensors knows it; leave the rule out")
+        elif name not in caches:
+            found.append(f"{name} has no cache rule, and compressed-tensors gives its scheme to all attention; add one")
+    return found
 
 
 # ---- small floats ----------------------------------------------------------------------------------------------------
