@@ -32,7 +32,7 @@ from qat.quantizers import Quantizer
 from qat.reparam import Reparam
 
 if TYPE_CHECKING:
-    from qat.node import Slot
+    from qat.slot import Slot
     from qat.specs import QuantSpec
 
 # codes, scale, zero, minimum; no codes where the weight is rounded where it is used

@@ -23,11 +23,12 @@ from qat.codes import CodeCache, Entry, RecentCodes, fields_alone, forget_codes_
 from qat.fake_quant_kernels import fp8_linear, int8_linear
 from qat.fake_quant_kernels.dispatch import uncompiled
 from qat.fake_quant_kernels.pack import PLAIN
-from qat.node import Call, KeepInGraph, QuantizedLayer, Slot, inside, no_autocast
+from qat.node import Call, KeepInGraph, QuantizedLayer, inside, no_autocast
 from qat.ops import ConvOp, EmbeddingOp, ExpertsOp, LayerOp, LinearOp, no_view, random_state
 from qat.qtensor import Fields
 from qat.quantizers import Quantizer
 from qat.reparam import Reparam
+from qat.slot import Slot
 
 _OPS: dict[type[nn.Module], tuple[str, LayerOp]] = {
     nn.Linear: ("Linear", LinearOp()),

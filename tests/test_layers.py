@@ -45,6 +45,7 @@ LAYERS = {
     "reparam": 3,
     "row_reasons": 3,
     "schedule": 3,
+    "slot": 3,
     "state": 3,
     "steps": 3,
     "callbacks": 4,

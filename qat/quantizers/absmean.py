@@ -11,7 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from qat.qtensor import Fields
-from qat.quantizers.base import Quantizer, grouped
+from qat.quantizers._ranges import grouped
+from qat.quantizers.base import Quantizer
 from qat.specs import QuantSpec
 
 

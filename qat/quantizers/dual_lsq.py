@@ -20,7 +20,7 @@ from qat.grids import Gradients
 from qat.qtensor import Fields
 from qat.quantizers._gradients import scale_gradient
 from qat.quantizers._parts import joined, split
-from qat.quantizers.base import grouped
+from qat.quantizers._ranges import grouped
 from qat.quantizers.lsq import Lsq, known, learned_scale
 from qat.scales import SCALE_GRIDS
 from qat.specs import QuantSpec

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qat.qtensor import Fields
 from qat.quantizers._parts import joined, split
-from qat.quantizers.base import Quantizer, fields_of_range, percentile_range
+from qat.quantizers._ranges import fields_of_range, percentile_range
+from qat.quantizers.base import Quantizer
 
 # Jacob et al. 2018 smooth over thousands of steps; 0.1 follows fine-tuning runs of hundreds of steps.
 MOMENTUM = 0.1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qat.grids import Gradients
 from qat.qtensor import Fields
-from qat.quantizers.base import grouped
+from qat.quantizers._ranges import grouped
 from qat.quantizers.lsq import Lsq
 from qat.specs import QuantSpec
 

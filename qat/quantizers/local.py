@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qat.qtensor import Fields
 from qat.quantizers._parts import joined
-from qat.quantizers.base import absmax_fields
+from qat.quantizers._ranges import absmax_fields
 from qat.quantizers.ema import Ema
 from qat.scales import TwoLevel
 from qat.specs import QuantSpec

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qat.qtensor import Fields
 from qat.quantizers._parts import joined
-from qat.quantizers.base import fields_of_range, range_of_fields
+from qat.quantizers._ranges import fields_of_range, range_of_fields
 from qat.quantizers.mse import Stored, search
 
 RATE = 10.0

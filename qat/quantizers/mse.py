@@ -18,8 +18,9 @@ from qat.fake_quant_kernels.fields import amax_of, range_of
 from qat.qtensor import Fields
 from qat.quantizers._least_squares import refined
 from qat.quantizers._parts import joined, split
+from qat.quantizers._ranges import fields_of_range, percentile_range, scales_of_amax
 from qat.quantizers._super_blocks import settled
-from qat.quantizers.base import Quantizer, fields_of_range, percentile_range, scales_of_amax
+from qat.quantizers.base import Quantizer
 from qat.scales import TwoLevel
 from qat.specs import QuantSpec
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from qat.grids import Gradients
 from qat.qtensor import Fields
-from qat.quantizers.base import Quantizer, grouped
+from qat.quantizers._ranges import grouped
+from qat.quantizers.base import Quantizer
 from qat.specs import QuantSpec
 
 # levels -> c; between them along the logarithm

@@ -18,7 +18,7 @@ from qat.layout import Layout
 from qat.qtensor import QTensor, tensor_sha256
 from qat.quantizers import make_quantizer, mse, quantizer_class, quantizers
 from qat.quantizers._parts import joined, split
-from qat.quantizers.base import fields_of_range, range_of_fields, scales_of_amax
+from qat.quantizers._ranges import fields_of_range, range_of_fields, scales_of_amax
 from qat.recipes.checks import SCALES
 from qat.scales import SCALE_GRIDS, TwoLevel, scale_grid
 from qat.specs import QuantSpec

@@ -16,8 +16,8 @@ from torch import Tensor
 from qat.layout import Layout
 from qat.qtensor import Fields
 from qat.quantizers import _super_blocks, make_quantizer, mse
+from qat.quantizers._ranges import minmax_fields
 from qat.quantizers._super_blocks import settled
-from qat.quantizers.base import minmax_fields
 from qat.scales import TwoLevel
 from qat.specs import QuantSpec
 
