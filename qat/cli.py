@@ -1,4 +1,4 @@
-"""The command line: `qat recipes | plan | train | export | verify | report`.
+"""The command line: `qat recipes | plan | allocate | train | export | verify | report`.
 
 Whatever is refused (a recipe, a model, a file, an argument) is one sentence on stderr and exit code 2; nothing has been
 written then. 1 is a mistake of ours (`qat --debug ...` or QAT_DEBUG=1 shows where), 130 an interruption.
@@ -41,6 +41,7 @@ _EXTRAS = {
     "optimum": "gptq",
     "PIL": "vision",
     "pyarrow": "hf",
+    "scipy": "allocate",
     "sentence_transformers": "sentence",
     "sklearn": "vision",
     "tokenizers": "hf",
@@ -157,6 +158,51 @@ def plan(
     print(found.render().rstrip())
     words = load_tokenizer(folder) if has_tokenizer(folder) else None
     _targets(qat.convert(empty, require_final=False), words, loaded)
+
+
+@app.command()
+def allocate(
+    recipe: RecipeArgument,
+    bits: Annotated[
+        float, typer.Option("--bits", metavar="BITS", help="Stored bits per weight, at most: 4.25, scales included.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the new recipe goes, a .yaml file.")],
+    overrides: Overrides = None,
+    choices: Annotated[
+        str | None,
+        typer.Option("--choices", metavar="BITS,...", help="Bits of a layer: 2,3,4,6; else all that the formats hold."),
+    ] = None,
+    rules: Annotated[
+        str | None, typer.Option("--rules", metavar="NAME,...", help="Rules whose layers get other bits; else all.")
+    ] = None,
+    batches: Annotated[
+        int, typer.Option("--batches", metavar="COUNT", help="Training batches on which losses are measured.")
+    ] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+) -> None:
+    """Choose bits for each layer so that the model has a number of bits per weight; writes a recipe that says which.
+
+    The model runs once for each layer, number of bits and batch. For example: qat allocate w4_exl2 --bits 4.25 --out
+    mixed.yaml train.model=DIR train.data='[texts.jsonl]', then qat train mixed.yaml
+    """
+    from rich.table import Table
+
+    from qat.recipes import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    numbers = _numbers(choices) if choices is not None else []
+    from qat.tasks.allocate import run
+
+    names = [name.strip() for name in rules.split(",")] if rules is not None else []
+    with _quiet_trainer():
+        found = run(loaded, bits, out, choices=numbers, rules=names, batches=batches, overwrite=overwrite)
+    table = Table("bits", "layers", title=found.recipe.name, title_justify="left")
+    for own in sorted(set(found.bits.values())):
+        layers = [layer for layer, each in found.bits.items() if each == own]
+        table.add_row(str(own), f"{len(layers)}: {', '.join(layers)}")
+    _show(table)
+    print(", ".join(f"{name}: {value:.4f} bits per weight" for name, value in found.reached.items()))
+    print(f"recipe: {out}")
 
 
 @app.command()
@@ -309,6 +355,14 @@ def _bits(recipe: Recipe) -> str:
     return shown + ("A" + "/".join(map(str, inputs)) if inputs else "")
 
 
+def _numbers(text: str) -> list[int]:
+    """`2,3,4` as numbers of bits, in order."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and 2 <= int(part) <= 8 for part in parts):
+        raise QATError(f"--choices {text!r} is not of the form 2,3,4,6, with whole numbers from 2 to 8")
+    return sorted({int(part) for part in parts})
+
+
 def _targets(found: Bundle, tokenizer: Any, recipe: Recipe) -> None:
     """Say for every format whether it holds the model; raises ExportError if one of the recipe's own does not."""
     from qat.export import all_formats, get_format
@@ -317,7 +371,8 @@ def _targets(found: Bundle, tokenizer: Any, recipe: Recipe) -> None:
     for name in sorted({*all_formats(), *recipe.export.targets}):
         reasons = get_format(name).check(found, tokenizer)
         wanted = name in recipe.export.targets
-        print(f"{name}{' (target)' if wanted else ''}: {'; '.join(reasons) if reasons else 'holds every grid exactly'}")
+        holds = f"holds every grid exactly, {get_format(name).bits_per_weight(found):.4f} bits per weight"
+        print(f"{name}{' (target)' if wanted else ''}: {'; '.join(reasons) or holds}")
         if reasons and wanted:
             refused.append(f"{name} cannot hold this recipe: {'; '.join(reasons)}")
     if refused:

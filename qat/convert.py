@@ -117,6 +117,10 @@ class Bundle(Mapping[str, QTensor]):
         """Parameter name -> shape of the whole parameter."""
         return {name: tuple(layer._parameters[key].shape) for name, (layer, key, _) in self._where.items()}  # type: ignore[union-attr]
 
+    def rows_shapes(self) -> dict[str, tuple[int, int]]:
+        """Parameter name -> its shape as rows [R, K]."""
+        return {name: quantizer.layout.rows_shape for name, (_, _, quantizer) in self._where.items()}
+
     @property
     def inputs(self) -> dict[str, tuple[QuantSpec, Fields | None]]:
         found: dict[str, tuple[QuantSpec, Fields | None]] = {}

@@ -8,6 +8,7 @@ read(folder)                (name, weight) as the consumer's own code computes i
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -182,6 +183,21 @@ class Format(ABC):
     @abstractmethod
     def model_reasons(self, bundle: Bundle, tokenizer: Any) -> list[str]:
         """Why this model (its architecture, dtype, tokenizer) does not fit."""
+
+    def stored_bits(self, spec: QuantSpec, rows_shape: tuple[int, int]) -> float:
+        """Bits of a weight [R, K] in the file: its codes, and all that decodes them."""
+        return math.prod(rows_shape) * spec.bits_per_weight(rows_shape[1])
+
+    def counted(self, bundle: Bundle) -> list[str]:
+        """Names of the quantized weights over which `bits_per_weight` goes."""
+        return list(bundle)
+
+    def bits_per_weight(self, bundle: Bundle) -> float:
+        """Stored bits of a quantized weight, on the average over the model, as this format counts them; 0 without one."""
+        specs, shapes = bundle.specs(), bundle.rows_shapes()
+        names = self.counted(bundle)
+        stored = sum(self.stored_bits(specs[name], shapes[name]) for name in names)
+        return stored / max(1, sum(math.prod(shapes[name]) for name in names))
 
     @abstractmethod
     def pack(self, name: str, weight: QTensor) -> dict[str, Tensor]:
