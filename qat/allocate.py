@@ -124,6 +124,8 @@ def allocate(
     formats = [get_format(name) for name in recipe.export.targets]
     refuse_if(_reasons(model, recipe, given, rules), f"allocate with recipe {recipe.name!r}", QATError)
     with _prepared(model, recipe) as bundle:
+        for fmt in formats:
+            refuse_if(fmt.check(bundle, tokenizer), f"{fmt.name} cannot hold this recipe", QATError)
         units, kept, counted = _units(bundle, recipe, formats, choices, set(rules or recipe.rules))
     _refuse_unreachable(bits, formats, units, kept, counted)
     # both ends at once: not every format holds layers of different bits
@@ -134,10 +136,7 @@ def allocate(
     _measure(model, recipe, units, given, loss, forward or call_model)
     limits = [bits * count - own for count, own in zip(counted, kept, strict=True)]
     chosen = _solve(units, limits)
-    found = replace(_assigned(recipe, units, chosen), name=f"{recipe.name}_{bits:g}bpw")
-    found.train = replace(recipe.train)
-    if found.train.out == f"runs/{recipe.name}":
-        found.train.out = f"runs/{found.name}"
+    found = _renamed(_assigned(recipe, units, chosen), bits)
     with _prepared(model, found) as bundle:
         reached = {fmt.name: fmt.bits_per_weight(bundle) for fmt in formats}
     pairs = list(zip(units, chosen, strict=True))
@@ -199,7 +198,7 @@ def _units(
     """(what is to be chosen; for each target the stored bits of all else that it counts, and the weights that it
     counts)."""
     rows = {row.name.removeprefix(bundle.prefix): row for row in bundle.plan.rows}
-    specs, shapes = bundle.specs(), bundle.rows_shapes()
+    specs, layouts = bundle.specs(), bundle.layouts()
     counts = [set(fmt.counted(bundle)) for fmt in formats]
     weights: dict[str, list[str]] = {}
     for name in bundle:
@@ -210,14 +209,11 @@ def _units(
     for layer, names in weights.items():
 
         def stored(slot: Slot | None, names: list[str] = names) -> list[float]:
-            return [
-                sum(
-                    fmt.stored_bits(spec_of(slot) if slot else specs[name], shapes[name])
-                    for name in names
-                    if name in own
-                )
-                for fmt, own in zip(formats, counts, strict=True)
-            ]
+            found = []
+            for fmt, own in zip(formats, counts, strict=True):
+                mine = [(spec_of(slot) if slot else specs[name], layouts[name], bundle.dtypes(name)[1]) for name in names]
+                found.append(sum(fmt.stored_bits(*each) for each, name in zip(mine, names, strict=True) if name in own))
+            return found
 
         row = rows[layer]
         assert row.weight_rule is not None
@@ -246,7 +242,7 @@ def _units(
             f"recipe {recipe.name!r} has no layer whose bits could vary: its rules {', '.join(sorted(rules))} give none a "
             f"grid of integers of which {', '.join(recipe.export.targets)} holds two numbers of bits"
         )
-    return units, kept, [sum(math.prod(shapes[name]) for name in own) for own in counts]
+    return units, kept, [sum(math.prod(layouts[name].shape) for name in own) for own in counts]
 
 
 def _unfit(row: PlanRow, slot: Slot, formats: list[Format]) -> str:
@@ -294,6 +290,13 @@ def _assigned(recipe: Recipe, units: list[Unit], bits: Sequence[int]) -> Recipe:
             match = [layer for unit in mine for layer in unit.layers]
             rules[name] = Rule(match=match, weight=mine[0].slots[own])
     return replace(recipe, rules=rules)
+
+
+def _renamed(recipe: Recipe, bits: float) -> Recipe:
+    name = f"{recipe.name}_{bits:g}bpw"
+    what = f"{recipe.description or recipe.name}, mixed to {bits:g} bits per weight"
+    out = f"runs/{name}" if recipe.train.out == f"runs/{recipe.name}" else recipe.train.out
+    return replace(recipe, name=name, description=what, train=replace(recipe.train, out=out))
 
 
 # ---- losses --------------------------------------------------------------------------------------------------------

@@ -371,8 +371,8 @@ def _targets(found: Bundle, tokenizer: Any, recipe: Recipe) -> None:
     for name in sorted({*all_formats(), *recipe.export.targets}):
         reasons = get_format(name).check(found, tokenizer)
         wanted = name in recipe.export.targets
-        holds = f"holds every grid exactly, {get_format(name).bits_per_weight(found):.4f} bits per weight"
-        print(f"{name}{' (target)' if wanted else ''}: {'; '.join(reasons) or holds}")
+        line = f"{name}{' (target)' if wanted else ''}: {'; '.join(reasons) or 'holds every grid exactly'}"
+        print(line if reasons or not wanted else f"{line}, {get_format(name).bits_per_weight(found):.4f} bits per weight")
         if reasons and wanted:
             refused.append(f"{name} cannot hold this recipe: {'; '.join(reasons)}")
     if refused:

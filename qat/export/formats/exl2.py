@@ -121,9 +121,9 @@ class Exl2(HfFormat):
         quantized = {layer_of(name) for name in (*bundle, *bundle.tied)}
         return [*found, *_block_reasons(bundle.linears, quantized), *_prescale_reasons(bundle, quantized)]
 
-    def stored_bits(self, spec: QuantSpec, rows_shape: tuple[int, int]) -> float:
-        """Codes, k, M, q_groups and q_invperm."""
-        outputs, inputs = rows_shape
+    def stored_bits(self, spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> float:
+        """Codes, k, M, q_groups and q_invperm; whatever the dtype."""
+        outputs, inputs = layout.rows_shape
         groups = spec.groups(inputs)
         return outputs * inputs * spec.bits + groups * (outputs * 4 + 16 + 32) + inputs * 32
 
