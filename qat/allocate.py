@@ -9,16 +9,8 @@ layer alone on its grid, and its outputs are compared with the float model's by 
 
 which is a multiple-choice knapsack, for scipy's solver of integer programs (HiGHS).
 
-Cheaper measures were tried on the byte-level model of `benchmarks/quality` (18 layers, scale=exl2, seed 0). KL to the
-float model on its test split, codes rounded to nearest, at the bits per weight of all layers in 3 and in 4 bits:
-
-    all layers alike                                               0.0474   0.0118
-    squared error of a layer's outputs, tr(D H D^T)                0.158    0.0471
-    that, relative to the outputs (as exllamav2 compares)          0.0459   0.0125
-    tr(G D H D^T), G the moments of the gradients of the outputs   0.0419   0.0066
-    measured KL, of 1 batch of 16 sequences and of 4 alike         0.0330   0.0060
-
-and in the same order after GPTQ. The error of a layer's own outputs says little of what the next ones make of it.
+The error of a layer's own outputs, absolute or relative, is cheaper and says little of what the next layers make of it:
+docs/allocation.md has figures.
 """
 
 from __future__ import annotations
@@ -211,7 +203,9 @@ def _units(
         def stored(slot: Slot | None, names: list[str] = names) -> list[float]:
             found = []
             for fmt, own in zip(formats, counts, strict=True):
-                mine = [(spec_of(slot) if slot else specs[name], layouts[name], bundle.dtypes(name)[1]) for name in names]
+                mine = [
+                    (spec_of(slot) if slot else specs[name], layouts[name], bundle.dtypes(name)[1]) for name in names
+                ]
                 found.append(sum(fmt.stored_bits(*each) for each, name in zip(mine, names, strict=True) if name in own))
             return found
 
@@ -239,8 +233,8 @@ def _units(
         raise QATError(f"no layer can have {unheld[0]} bits ({why}); leave it out of the choices")
     if all(len(unit.slots) < 2 for unit in units):
         raise QATError(
-            f"recipe {recipe.name!r} has no layer whose bits could vary: its rules {', '.join(sorted(rules))} give none a "
-            f"grid of integers of which {', '.join(recipe.export.targets)} holds two numbers of bits"
+            f"recipe {recipe.name!r} has no layer whose bits could vary: rules {', '.join(sorted(rules))} give "
+            f"none a grid of integers that {', '.join(recipe.export.targets)} holds in two numbers of bits or more"
         )
     return units, kept, [sum(math.prod(layouts[name].shape) for name in own) for own in counts]
 

@@ -33,14 +33,13 @@ def run(
     batches: int = 4,
     overwrite: bool = False,
 ) -> Allocation:
-    """Choose bits for the layers of the recipe's model on its first training batches, and write the recipe that says so.
+    """Choose bits for the layers of the recipe's model on its first training batches, and write a recipe that says so.
 
     Raises QATError, with nothing written, for what cannot be used.
     """
     refuse_file(out, overwrite)
     if batches < 1:
         raise QATError(f"{batches} batches measure nothing; allowed: 1 or more")
-    # the dropout of a model in training would be measured, too
     module, data, tokenizer = build(recipe)
     device = torch.device("cuda" if recipe.train.accelerator in _GPU and torch.cuda.is_available() else "cpu")
     module.to(device)
@@ -52,7 +51,9 @@ def run(
         return module.loss(batch)
 
     folded = recipe.fold.method
-    qat.fold.apply(module, recipe, None if folded in ("none", "rotate") else first(recipe.fold.batches), forward=forward)
+    qat.fold.apply(
+        module, recipe, None if folded in ("none", "rotate") else first(recipe.fold.batches), forward=forward
+    )
     found = allocate(
         module,
         recipe,
@@ -60,8 +61,7 @@ def run(
         bits,
         choices=choices,
         rules=rules,
-        # hidden states have no probabilities
-        loss="mse" if recipe.train.task == "sentence_embedding" else recipe.distill.loss,
+        loss=loss_of(recipe),
         forward=forward,
         tokenizer=tokenizer,
     )
@@ -83,13 +83,18 @@ def refuse_file(out: Path, overwrite: bool) -> None:
 def header(recipe: Recipe, found: Allocation, bits: float, batches: int) -> str:
     """Comments: where the bits of the layers come from."""
     reached = ", ".join(f"{name} {value:.4f}" for name, value in found.reached.items())
-    loss = "mse" if recipe.train.task == "sentence_embedding" else recipe.distill.loss
+    seen = f"on {batches} batches of {recipe.train.batch_size}"
     return (
         f"# Bits for each layer, chosen by `qat allocate {recipe.name} --bits {bits:g}` (qat {qat.__version__}).\n"
         f"# Stored bits per weight, scales included: {reached}.\n"
-        f"# Measure: {loss} of the outputs with one layer quantized, on {batches} batches of {recipe.train.batch_size}; "
-        f"its sum over the layers: {found.loss:.4g}.\n\n"
+        f"# Measure: {loss_of(recipe)} of the outputs with one layer quantized, {seen}; its sum over the layers: "
+        f"{found.loss:.4g}.\n\n"
     )
+
+
+def loss_of(recipe: Recipe) -> str:
+    """How outputs are compared: as in distillation; hidden states, which have no probabilities, by their error."""
+    return "mse" if recipe.train.task == "sentence_embedding" else recipe.distill.loss
 
 
 def _on(device: torch.device) -> Any:

@@ -19,7 +19,7 @@ Refused = Callable[..., str]
 
 def settings(llama: Path, data: Path, *more: str) -> list[str]:
     """Of a run of a few seconds."""
-    quick = "train.seq_len=16 train.batch_size=4 train.max_steps=2 train.val_every=2 train.lr=1e-4".split()
+    quick = ["train.seq_len=16", "train.batch_size=4", "train.max_steps=2", "train.val_every=2", "train.lr=1e-4"]
     return [f"train.model={llama}", f"train.data=[{data}]", *quick, *more]
 
 
@@ -87,7 +87,9 @@ def test_refusals(refused: Refused, llama: Path, data: Path, tmp_path: Path) -> 
     allocate(*given, "--choices", "4,7", says=("no layer can have 7 bits", "exl2 has 2, 3, 4, 5, 6, 8"))
     allocate(*given, "--choices", "4;5", says="--choices '4;5' is not of the form 2,3,4,6")
     allocate(*given, "--choices", "4", bits="5", says=("too many", "at most 4.5"))
-    allocate(*given, "--rules", "linear", says="the recipe has no rule 'linear'; its rules are linears, embeddings, head")
+    allocate(
+        *given, "--rules", "linear", says="the recipe has no rule 'linear'; its rules are linears, embeddings, head"
+    )
     allocate(*given, "--rules", "head", says="has no layer whose bits could vary")
     allocate(*given, "export.targets=[]", says=("export.targets is empty", "export.targets=[exl2]"))
     allocate(*given, "--batches", "0", says="0 batches measure nothing; allowed: 1 or more")
