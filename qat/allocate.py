@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -116,15 +116,13 @@ def allocate(
     formats = [get_format(name) for name in recipe.export.targets]
     refuse_if(_reasons(model, recipe, given, rules), f"allocate with recipe {recipe.name!r}", QATError)
     with _prepared(model, recipe) as bundle:
-        for fmt in formats:
-            refuse_if(fmt.check(bundle, tokenizer), f"{fmt.name} cannot hold this recipe", QATError)
+        _check(formats, bundle, tokenizer, "this recipe")
         units, kept, counted = _units(bundle, recipe, formats, choices, set(rules or recipe.rules))
     _refuse_unreachable(bits, formats, units, kept, counted)
     # both ends at once: not every format holds layers of different bits
     ends = [max(unit.slots) if i % 2 else min(unit.slots) for i, unit in enumerate(units)]
     with _prepared(model, _assigned(recipe, units, ends)) as bundle:
-        for fmt in formats:
-            refuse_if(fmt.check(bundle, tokenizer), f"{fmt.name} cannot hold layers of different bits", QATError)
+        _check(formats, bundle, tokenizer, "layers of different bits")
     _measure(model, recipe, units, given, loss, forward or call_model)
     limits = [bits * count - own for count, own in zip(counted, kept, strict=True)]
     chosen = _solve(units, limits)
@@ -138,15 +136,15 @@ def allocate(
 
 def with_bits(slot: Slot, bits: int) -> Slot | None:
     """A weight's slot with another number of bits; None if there is no such grid. A k-quant becomes another one, with
-    the groups and minima of that."""
+    its groups and minima, or scales of either sign."""
     words: dict[str, Any] = {"bits": bits}
-    if _KQUANT.fullmatch(slot.scale):
+    if _KQUANT.fullmatch(slot.scale) and bits != slot.bits:
         stored = SCALE_GRIDS.get(f"q{bits}_k")
         if not isinstance(stored, TwoLevel):
             return None
         # signed follows from the zero point
         words = {key: value for key, value in stored.words if key not in ("kind", "signed")}
-        words["scale"] = stored.name
+        words |= {"scale": stored.name, "signed_scale": words["zero_point"] == "none"}
     found = replace(slot, **words)
     return None if slot.grid != "int" or spec_of(found).reasons() else found
 
@@ -184,6 +182,11 @@ def _prepared(model: nn.Module, recipe: Recipe, search: bool = False) -> Iterato
         unprepare(model)
 
 
+def _check(formats: list[Format], bundle: Bundle, tokenizer: Any, what: str) -> None:
+    for fmt in formats:
+        refuse_if(fmt.check(bundle, tokenizer), f"{fmt.name} cannot hold {what}", QATError)
+
+
 def _units(
     bundle: Bundle, recipe: Recipe, formats: list[Format], choices: Sequence[int], rules: set[str]
 ) -> tuple[list[Unit], list[float], list[int]]:
@@ -197,7 +200,7 @@ def _units(
         weights.setdefault(name.rpartition(".")[0], []).append(name)
     kept = [0.0] * len(formats)
     units: list[Unit] = []
-    refused: dict[int, str] = {}
+    refused, held = dict[int, str](), set[int]()
     for layer, names in weights.items():
 
         def stored(slot: Slot | None, names: list[str] = names) -> list[float]:
@@ -221,13 +224,17 @@ def _units(
                 if changed is not None and not why:
                     slots[bits] = changed
                 refused.setdefault(bits, f"{layer}: {why}")
+        held |= set(slots)
         if slots:
             tied = (alias.rpartition(".")[0] for alias, owner in bundle.tied.items() if owner in names)
-            layers = list(dict.fromkeys((layer, *tied)))
-            units.append(Unit(layers, row.weight_rule, slots, {bits: stored(own) for bits, own in slots.items()}))
+            sizes = {bits: stored(own) for bits, own in slots.items()}
+            for bits in [b for b in slots if any(more > b and _at_most(sizes[more], sizes[b]) for more in sizes)]:
+                # more bits take no more room
+                del slots[bits], sizes[bits]
+            units.append(Unit(list(dict.fromkeys((layer, *tied))), row.weight_rule, slots, sizes))
         else:
             kept = [before + own for before, own in zip(kept, stored(None), strict=True)]
-    unheld = [bits for bits in choices if not any(bits in unit.slots for unit in units)]
+    unheld = [bits for bits in choices if bits not in held]
     if unheld:
         why = refused.get(unheld[0], "no rule gives a layer a grid of integers")
         raise QATError(f"no layer can have {unheld[0]} bits ({why}); leave it out of the choices")
@@ -235,8 +242,13 @@ def _units(
         raise QATError(
             f"recipe {recipe.name!r} has no layer whose bits could vary: rules {', '.join(sorted(rules))} give "
             f"none a grid of integers that {', '.join(recipe.export.targets)} holds in two numbers of bits or more"
+            f"{f' of the choices {list(choices)}' if choices else ''}"
         )
     return units, kept, [sum(math.prod(layouts[name].shape) for name in own) for own in counts]
+
+
+def _at_most(some: list[float], others: list[float]) -> bool:
+    return all(one <= other for one, other in zip(some, others, strict=True))
 
 
 def _unfit(row: PlanRow, slot: Slot, formats: list[Format]) -> str:
@@ -249,13 +261,10 @@ def _unfit(row: PlanRow, slot: Slot, formats: list[Format]) -> str:
 def _refuse_unreachable(
     bits: float, formats: list[Format], units: list[Unit], kept: list[float], counted: list[int]
 ) -> None:
-    least, most = (
-        [
-            (own + sum(end(stored[i] for stored in unit.stored.values()) for unit in units)) / count
-            for i, (own, count) in enumerate(zip(kept, counted, strict=True))
-        ]
-        for end in (min, max)
-    )
+    def reached(i: int, end: Callable[[Iterable[float]], float]) -> float:
+        return (kept[i] + sum(end(stored[i] for stored in unit.stored.values()) for unit in units)) / counted[i]
+
+    least, most = ([reached(i, end) for i in range(len(formats))] for end in (min, max))
     name, low = max(zip((fmt.name for fmt in formats), least, strict=True), key=lambda pair: pair[1])
     if bits < low:
         raise QATError(
@@ -274,10 +283,8 @@ def _assigned(recipe: Recipe, units: list[Unit], bits: Sequence[int]) -> Recipe:
     rules = dict(recipe.rules)
     pairs = list(zip(units, bits, strict=True))
     for rule in recipe.rules:
-        for own in sorted({own for unit, own in pairs if unit.rule == rule}):
+        for own in sorted({own for unit, own in pairs if unit.rule == rule and own in unit.slots}):
             mine = [unit for unit, each in pairs if unit.rule == rule and each == own and own in unit.slots]
-            if not mine:
-                continue
             name = f"{rule}_{own}bit"
             while name in recipe.rules:
                 name += "_"
@@ -313,19 +320,15 @@ def _measure(
                     live = [layers[f"{prefix}{layer}"]._qat for layer in unit.layers]
                     for one in live:
                         one.active = True
-                    found = []
-                    for batch, reference in zip(batches, references, strict=True):
-                        output, mask = _compared(model, network, batch, forward)
-                        found.append(float(LOSSES[loss](output, reference, mask)))
+                    outputs = (_compared(model, network, batch, forward) for batch in batches)
+                    pairs = zip(outputs, references, strict=True)
+                    found = [float(LOSSES[loss](output, reference, mask)) for (output, mask), reference in pairs]
                     for one in live:
                         one.active = False
                     unit.losses[bits] = sum(found) / len(found)
                     log.info("%s with %d bits: %s %.3g", unit.layers[0], bits, loss, unit.losses[bits])
                     if not math.isfinite(unit.losses[bits]):
-                        raise QATError(
-                            f"{unit.layers[0]} with {bits} bits gives a {loss} that is not finite; look for NaN in the "
-                            "batches and the weights"
-                        )
+                        raise QATError(f"{unit.layers[0]}: {loss} is not finite; look for NaN in batches and weights")
 
 
 def _weights_alone(recipe: Recipe) -> Recipe:
@@ -360,8 +363,7 @@ def _compared(model: nn.Module, network: nn.Module, batch: Any, forward: Forward
 
 
 def _solve(units: list[Unit], limits: list[float]) -> list[int]:
-    """Bits of each unit with the least sum of losses whose stored bits are at most `limits`, one for each target; the
-    solver takes a sum for the least that is within 0.01 % of it."""
+    """Bits of each unit with the least sum of losses, to 0.01 %, and stored bits of at most `limits`, by target."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -389,7 +391,7 @@ def _solve(units: list[Unit], limits: list[float]) -> list[int]:
             break
         chosen = [bits for (_, bits), taken in zip(pairs, found.x, strict=True) if taken > 0.5]
         sums = np.array([unit.stored[bits] for unit, bits in zip(units, chosen, strict=True)]).sum(0)
-        if (sums <= np.array(limits) * (1.0 + 1e-12)).all():
+        if _at_most(sums.tolist(), [limit * (1.0 + 1e-12) for limit in limits]):
             return chosen
     raise QATError(
         "no allocation keeps all targets' bits per weight at once; ask for more bits, or export to one format"

@@ -54,10 +54,11 @@ def run(
     qat.fold.apply(
         module, recipe, None if folded in ("none", "rotate") else first(recipe.fold.batches), forward=forward
     )
+    given = first(batches)
     found = allocate(
         module,
         recipe,
-        first(batches),
+        given,
         bits,
         choices=choices,
         rules=rules,
@@ -66,7 +67,7 @@ def run(
         tokenizer=tokenizer,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, header(recipe, found, bits, batches) + recipe_text(found.recipe))
+    write_text(out, header(recipe, found, bits, len(given)) + recipe_text(found.recipe))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,6 +116,18 @@ def test_losses_are_measured_one_layer_at_a_time(trained: tuple[nn.Module, Tenso
     assert few and math.isclose(found.loss, alone, rel_tol=1e-4)
 
 
+def test_a_head_that_exl2_does_not_count_keeps_its_bits(trained: tuple[nn.Module, Tensor, Tensor]) -> None:
+    """Mutation: all weights counted, where the head would take part."""
+    model, calibration, _ = trained
+    weight = {"bits": 6, "granularity": "group", "group_size": 32, "scale": "exl2", "quantizer": "mse"}
+    recipe = recipe_of(4)
+    recipe = replace(recipe, rules={**recipe.rules, "head": Rule(match=["lm_head"], weight=Slot(**weight))})
+    found = qat.allocate(model, recipe, [calibration], 5.0, choices=[4, 5])
+    assert "lm_head" not in found.bits and len(found.bits) == 14 and found.reached["exl2"] <= 5.0
+    head = next(row for row in qat.plan(model, found.recipe).rows if row.name == "lm_head")
+    assert head.weight is not None and head.weight.bits == 6 and head.rule == "head"
+
+
 def brute(units: list[Unit], limits: list[float]) -> float:
     """The least sum of losses."""
     every = itertools.product(*(unit.slots for unit in units))
@@ -161,8 +174,10 @@ def test_grids_with_other_bits() -> None:
     plain = Slot(bits=4, granularity="group", group_size=32, quantizer="lsq")
     assert with_bits(plain, 3) == Slot(bits=3, granularity="group", group_size=32, quantizer="lsq")
     kquant = Slot(bits=4, granularity="group", group_size=32, zero_point="float", scale="q4_k", quantizer="mse")
-    wanted = Slot(bits=6, granularity="group", group_size=16, zero_point="none", scale="q6_k", quantizer="mse")
+    words = {"granularity": "group", "group_size": 16, "scale": "q6_k", "quantizer": "mse"}
+    wanted = Slot(bits=6, signed_scale=True, **words)
     assert with_bits(kquant, 6) == wanted
+    assert with_bits(wanted, 4) == kquant and with_bits(Slot(bits=6, **words), 6) == Slot(bits=6, **words)
     assert with_bits(kquant, 7) is None
     assert with_bits(Slot(bits=4, grid="nf4"), 4) is None
 
