@@ -114,7 +114,7 @@ def allocate(
 
     recipe, given = as_recipe(recipe), list(batches)
     formats = [get_format(name) for name in recipe.export.targets]
-    refuse_if(_reasons(model, recipe, given, rules), f"allocate with recipe {recipe.name!r}", QATError)
+    refuse_if(_reasons(model, recipe, given, rules, loss), f"allocate with recipe {recipe.name!r}", QATError)
     with _prepared(model, recipe) as bundle:
         _check(formats, bundle, tokenizer, "this recipe")
         units, kept, counted = _units(bundle, recipe, formats, choices, set(rules or recipe.rules))
@@ -149,8 +149,8 @@ def with_bits(slot: Slot, bits: int) -> Slot | None:
     return None if slot.grid != "int" or spec_of(found).reasons() else found
 
 
-def _reasons(model: nn.Module, recipe: Recipe, batches: list[Any], rules: Sequence[str]) -> list[str]:
-    found = []
+def _reasons(model: nn.Module, recipe: Recipe, batches: list[Any], rules: Sequence[str], loss: str) -> list[str]:
+    found = [] if loss in LOSSES else [f"loss={loss!r} is unknown; use one of {', '.join(LOSSES)}"]
     if is_prepared(model):
         found.append("the model is prepared already, and float weights are looked at; call it before qat.prepare")
     if not recipe.export.targets:

@@ -234,6 +234,7 @@ def test_what_is_refused_before_anything_is_measured(trained: tuple[nn.Module, T
         assert "\n" not in str(caught.value) and not qat.is_prepared(model)
 
     refused(recipe_of(), 4.0, "there is no batch to measure losses on", [])
+    refused(recipe_of(), 4.0, "loss='ce' is unknown; use one of kl, ", loss="ce")
     refused(recipe_of(), 2.0, "2 bits per weight are too few: exl2 stores at least 2.5")
     refused(recipe_of(), 9.0, "9 bits per weight are too many: exl2 stores at most 8.5")
     refused(recipe_of(export={"targets": []}), 4.0, "export.targets is empty")
