@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qat import fold
+    from qat.allocate import allocate
     from qat.batch_norm import reestimate_batch_norm
     from qat.bypass import rehearse
     from qat.convert import Bundle, convert, load_from_checkpoint
@@ -37,6 +38,7 @@ __all__ = [
     "Receipt",
     "RecipeError",
     "after_optimizer_step",
+    "allocate",
     "apply_schedule",
     "convert",
     "dampening",
@@ -57,6 +59,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "qat.allocate": ("allocate",),
     "qat.batch_norm": ("reestimate_batch_norm",),
     "qat.bypass": ("rehearse",),
     "qat.convert": ("Bundle", "convert", "load_from_checkpoint"),

@@ -1,4 +1,4 @@
-"""The command line: `qat recipes | plan | train | export | verify | report`.
+"""The command line: `qat recipes | plan | allocate | train | export | verify | report`.
 
 Whatever is refused (a recipe, a model, a file, an argument) is one sentence on stderr and exit code 2; nothing has been
 written then. 1 is a mistake of ours (`qat --debug ...` or QAT_DEBUG=1 shows where), 130 an interruption.
@@ -7,10 +7,9 @@ torch and everything above it is imported inside the commands: `qat --help` and 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,36 +17,13 @@ import typer
 
 from qat import __version__
 from qat.errors import ExportError, QATError
+from qat.refusals import explained
 
 if TYPE_CHECKING:
     from qat.convert import Bundle
     from qat.recipes import Recipe
 
 DEBUG = "QAT_DEBUG"
-_TRAINERS = ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric")
-# Modules that come with an extra: what is missing says what to install.
-_EXTRAS = {
-    "compressed_tensors": "compressed-tensors",
-    "datasets": "hf",
-    "executorch": "executorch",
-    "gguf": "gguf",
-    "gptqmodel": "gptq",
-    "jinja2": "report",
-    "matplotlib": "report",
-    "onnx": "onnx",
-    "onnx_ir": "onnx",
-    "onnxscript": "onnx",
-    "openvino": "openvino",
-    "optimum": "gptq",
-    "PIL": "vision",
-    "pyarrow": "hf",
-    "sentence_transformers": "sentence",
-    "sklearn": "vision",
-    "tokenizers": "hf",
-    "transformers": "hf",
-    "wandb": "wandb",
-    "xllamacpp": "gguf",
-}
 
 app = typer.Typer(
     name="qat",
@@ -160,6 +136,52 @@ def plan(
 
 
 @app.command()
+def allocate(
+    recipe: RecipeArgument,
+    bits: Annotated[
+        float, typer.Option("--bits", metavar="BITS", help="Stored bits per weight, at most: 4.25, scales included.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the new recipe goes, a .yaml file.")],
+    overrides: Overrides = None,
+    choices: Annotated[
+        str | None,
+        typer.Option("--choices", metavar="BITS,...", help="Bits of a layer: 2,3,4,6; else all that the formats hold."),
+    ] = None,
+    rules: Annotated[
+        str | None, typer.Option("--rules", metavar="NAME,...", help="Rules whose layers get other bits; else all.")
+    ] = None,
+    batches: Annotated[
+        int, typer.Option("--batches", metavar="COUNT", help="Training batches on which losses are measured.")
+    ] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+) -> None:
+    """Choose bits for each layer so that the model has a number of bits per weight; writes a recipe that says which.
+
+    The model runs once for each layer, number of bits and batch. For example: qat allocate w4_exl2 --bits 4.25 --out
+    mixed.yaml train.model=DIR train.data='[texts.jsonl]', then qat train mixed.yaml
+    """
+    from rich.table import Table
+
+    from qat.recipes import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    numbers = _numbers(choices) if choices is not None else []
+    from qat.tasks.allocate import run
+    from qat.tasks.flavour import quiet
+
+    names = [name.strip() for name in rules.split(",")] if rules is not None else []
+    with quiet():
+        found = run(loaded, bits, out, choices=numbers, rules=names, batches=batches, overwrite=overwrite)
+    table = Table("bits", "layers", title=found.recipe.name, title_justify="left")
+    for own in sorted(set(found.bits.values())):
+        layers = [layer for layer, each in found.bits.items() if each == own]
+        table.add_row(str(own), f"{len(layers)}: {', '.join(layers)}")
+    _show(table)
+    print(", ".join(f"{name}: {value:.4f} bits per weight" for name, value in found.reached.items()))
+    print(f"recipe: {out}")
+
+
+@app.command()
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -176,9 +198,10 @@ def train(
     from qat.recipes import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    from qat.tasks.flavour import quiet
     from qat.tasks.train import run
 
-    with _quiet_trainer():
+    with quiet():
         results = run(loaded, dry_run=dry_run)
     if dry_run:
         print(results["plan"].rstrip())
@@ -278,28 +301,6 @@ def report(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The fo
     print(render(folder))
 
 
-@contextlib.contextmanager
-def _quiet_trainer() -> Iterator[None]:
-    """Without --verbose no notices of the trainer about loggers, workers and devices."""
-    import logging
-    import warnings
-
-    loggers = [logging.getLogger(name) for name in _TRAINERS]
-    levels = [logger.level for logger in loggers]
-    if logging.getLogger().isEnabledFor(logging.INFO):
-        yield
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(lightning|pytorch_lightning|lightning_fabric|torch)\b")
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _bits(recipe: Recipe) -> str:
     """Weight / input bits of the rules, e.g. W4 or W8A8."""
     rules = list(recipe.rules.values())
@@ -307,6 +308,14 @@ def _bits(recipe: Recipe) -> str:
     inputs = sorted({rule.input.bits for rule in rules if rule.input})
     shown = "W" + "/".join(map(str, weights)) if weights else ""
     return shown + ("A" + "/".join(map(str, inputs)) if inputs else "")
+
+
+def _numbers(text: str) -> list[int]:
+    """`2,3,4` as numbers of bits, in order."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and 2 <= int(part) <= 8 for part in parts):
+        raise QATError(f"--choices {text!r} is not of the form 2,3,4,6, with whole numbers from 2 to 8")
+    return sorted({int(part) for part in parts})
 
 
 def _targets(found: Bundle, tokenizer: Any, recipe: Recipe) -> None:
@@ -317,7 +326,10 @@ def _targets(found: Bundle, tokenizer: Any, recipe: Recipe) -> None:
     for name in sorted({*all_formats(), *recipe.export.targets}):
         reasons = get_format(name).check(found, tokenizer)
         wanted = name in recipe.export.targets
-        print(f"{name}{' (target)' if wanted else ''}: {'; '.join(reasons) if reasons else 'holds every grid exactly'}")
+        line = f"{name}{' (target)' if wanted else ''}: {'; '.join(reasons) or 'holds every grid exactly'}"
+        print(
+            line if reasons or not wanted else f"{line}, {get_format(name).bits_per_weight(found):.4f} bits per weight"
+        )
         if reasons and wanted:
             refused.append(f"{name} cannot hold this recipe: {'; '.join(reasons)}")
     if refused:
@@ -357,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _say("interrupted", 130)
         if os.environ.get(DEBUG, "0") not in ("", "0"):
             raise
-        return _say(*_explained(problem))
+        return _say(*explained(problem, DEBUG))
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except SystemExit as stop:
@@ -368,22 +380,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if kept is None:
             os.environ.pop(DEBUG, None)
-
-
-def _explained(problem: Exception) -> tuple[str, int]:
-    """(sentence, exit code): 2 for what a user can put right, 1 for a mistake of ours."""
-    if isinstance(problem, QATError):
-        return str(problem), 2
-    if hasattr(problem, "format_message"):  # typer's usage errors
-        return f"{problem.format_message()} (`qat --help` shows the commands and their arguments)", 2
-    if isinstance(problem, ModuleNotFoundError) and (problem.name or "").partition(".")[0] in _EXTRAS:
-        package = (problem.name or "").partition(".")[0]
-        return f"this needs {package}; install it with: pip install 'lightning-qat[{_EXTRAS[package]}]'", 2
-    if isinstance(problem, OSError):
-        place = ": ".join(str(part) for part in (problem.filename, problem.strerror) if part)
-        return place or str(problem) or type(problem).__name__, 2
-    what = f"{type(problem).__name__}: {problem}" if str(problem) else type(problem).__name__
-    return f"unexpected {what}; the same command as `qat --debug ...` (or with {DEBUG}=1) shows where", 1
 
 
 def _say(sentence: str, code: int) -> int:

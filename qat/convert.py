@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from qat.norm_fold import folds_of
 from qat.plan import Plan, deployed, has_config
 from qat.prepare import prepare, unprepare
 from qat.qtensor import QTensor
-from qat.quantizers import Fields, Quantizer
+from qat.quantizers import Fields, Quantizer, make_quantizer
 from qat.recipes import from_dict
 from qat.recipes.schema import Network
 from qat.specs import QuantSpec
@@ -238,6 +239,13 @@ class _Floats(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._found)
+
+
+def example(spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> QTensor:
+    """A tensor on a grid, for what depends on grid and shape alone."""
+    # one that searches nothing
+    spec = replace(spec, quantizer="absmax" if spec.zero_point == "none" else "minmax", percentile=None)
+    return make_quantizer(spec, layout).integers(torch.ones(layout.shape), out_dtype)
 
 
 def convert(model: nn.Module, *, weights: str = "last", require_final: bool = True) -> Bundle:

@@ -115,6 +115,11 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return kept.sum() / mask.sum().clamp(min=1)
 
 
+def shifts(module: nn.Module) -> bool:
+    """Whether the module predicts the next token, so that its output at t is judged by the label at t + 1."""
+    return bool(_SHIFTS.search(type(module).__name__))
+
+
 def token_mask(shape: torch.Size, kwargs: Mapping[str, Any], shifts: bool) -> Tensor | None:
     """Which positions of an output of `shape` [..., C] count, from the arguments of the call; None: all of them.
 
@@ -341,7 +346,7 @@ def attach(
     if missing is not None:
         raise QATError(f"distill.hidden: the teacher has no {missing}; it has to be of the student's architecture")
     detach(module)
-    tap = Tap(teacher, loss, temperature, bool(_SHIFTS.search(type(module).__name__)), hidden, blocks)
+    tap = Tap(teacher, loss, temperature, shifts(module), hidden, blocks)
     module.__class__ = _tapped_class(type(module))
     module.__dict__[_TAP] = tap
     return tap

@@ -56,6 +56,14 @@ class Layout:
             outputs = len(shape) - 1
         return math.prod(shape[:outputs]), math.prod(shape[outputs:])
 
+    def of_rows(self, rows: int) -> Layout:
+        """The same with another number of rows; of experts one."""
+        shape, outputs = list(self.shape), _KINDS[self.kind][1]
+        own = (self._permutation() or tuple(range(len(shape))))[:outputs]
+        for i in own:
+            shape[i] = rows if i == own[-1] else 1
+        return Layout(tuple(shape), self.kind)
+
     def to_rows(self, w: Tensor) -> Tensor:
         """`shape` -> `[R, K]`; a view where the memory order allows it."""
         permutation = self._permutation()

@@ -50,6 +50,7 @@ LAYERS = {
     "steps": 3,
     "callbacks": 4,
     "cli": 5,
+    "refusals": 5,
     "report": 5,
     "tasks": 5,
     "verify": 5,

@@ -8,6 +8,8 @@ read(folder)                (name, weight) as the consumer's own code computes i
 
 from __future__ import annotations
 
+import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qat.convert import Bundle
+from qat.convert import Bundle, example
 from qat.errors import ExportError
 from qat.export.receipt import TensorRecord
 from qat.layout import Layout
@@ -29,6 +31,8 @@ from qat.scales import TwoLevel
 from qat.specs import QuantSpec
 
 _NAMED = 3
+# rows, of which every format packs a multiple of 32 without a rest
+_FEW = 128
 
 
 class Stored(NamedTuple):
@@ -206,6 +210,26 @@ class Format(ABC):
     def model_reasons(self, bundle: Bundle, tokenizer: Any) -> list[str]:
         """Why this model (its architecture, dtype, tokenizer) does not fit."""
 
+    def stored_bits(self, spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> float:
+        """Bits of a weight in the file: its codes, and all that decodes them. Of many rows to within a word, without
+        packing them all."""
+        rows = layout.rows_shape[0]
+        if rows <= _FEW:
+            return _packed_bits(type(self), spec, layout, out_dtype)
+        # some tensors grow with the rows, others do not
+        few, more = (_packed_bits(type(self), spec, layout.of_rows(count), out_dtype) for count in (_FEW // 2, _FEW))
+        return few + (more - few) * (rows - _FEW // 2) / (_FEW // 2)
+
+    def counted(self, bundle: Bundle) -> list[str]:
+        """Names of the quantized weights over which `bits_per_weight` goes."""
+        return list(bundle)
+
+    def bits_per_weight(self, bundle: Bundle) -> float:
+        """Stored bits of a quantized weight, on the average over a model that the format holds; 0 if it has none."""
+        specs, layouts, names = bundle.specs(), bundle.layouts(), self.counted(bundle)
+        stored = sum(self.stored_bits(specs[name], layouts[name], bundle.dtypes(name)[1]) for name in names)
+        return stored / max(1, sum(math.prod(layouts[name].shape) for name in names))
+
     @abstractmethod
     def pack(self, name: str, weight: QTensor) -> dict[str, Tensor]:
         """The tensors of the file for parameter `name`."""
@@ -245,6 +269,12 @@ class Format(ABC):
     def versions(self) -> dict[str, str]:
         """Versions of the packages that write and read this format, for the receipt."""
         return {}
+
+
+@functools.lru_cache(maxsize=4096)
+def _packed_bits(fmt: type[Format], spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> int:
+    packed = fmt().pack("weight", example(spec, layout, out_dtype))
+    return 8 * sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
 
 
 def present(distribution: str, module: str) -> bool:

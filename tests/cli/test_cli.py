@@ -16,7 +16,7 @@ from qat import __version__
 from qat.cli import main
 from qat.recipes import preset_names
 
-COMMANDS = ("recipes", "plan", "train", "export", "verify", "report")
+COMMANDS = ("recipes", "plan", "allocate", "train", "export", "verify", "report")
 
 
 def python(*arguments: str, here: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
@@ -62,7 +62,8 @@ def test_plan(llama: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]
     assert "model.layers.0.self_attn.q_proj" in shown
     assert "int4 g32" in shown
     assert "% of" in shown
-    assert "gguf (target): holds every grid exactly" in shown
+    # Q4_0: 4 bits and an fp16 scale for 32 weights
+    assert "gguf (target): holds every grid exactly, 4.5000 bits per weight" in shown
 
 
 def test_plan_counts_what_a_loaded_model_counts(llama: Path, recipe_file: Path) -> None:

@@ -121,6 +121,17 @@ class Exl2(HfFormat):
         quantized = {layer_of(name) for name in (*bundle, *bundle.tied)}
         return [*found, *_block_reasons(bundle.linears, quantized), *_prescale_reasons(bundle, quantized)]
 
+    def stored_bits(self, spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> float:
+        """Codes, k, M, q_groups and q_invperm; whatever the dtype."""
+        outputs, inputs = layout.rows_shape
+        groups = spec.groups(inputs)
+        return outputs * inputs * spec.bits + groups * (outputs * 4 + 16 + 32) + inputs * 32
+
+    def counted(self, bundle: Bundle) -> list[str]:
+        """All but the output head: exllamav2 counts so."""
+        head = head_of(bundle)
+        return [name for name in bundle if layer_of(name) != head] or list(bundle)
+
     # ---- one tensor ----------------------------------------------------------------------------------------------
 
     def pack(self, name: str, weight: QTensor) -> dict[str, Tensor]:
@@ -160,15 +171,9 @@ class Exl2(HfFormat):
         return self.pack(name, weight)
 
     def quantization_config(self, stream: TensorStream) -> dict[str, Any]:
-        """`bits` are those of all stored tensors for a weight, but for the output head: exllamav2 counts so."""
-        shapes = stream.bundle.shapes()
-        sizes = {layer_of(name): stored_bits(spec, shapes[name]) for name, spec in stream.bundle.specs().items()}
-        weights = {layer_of(name): shape[0] * shape[1] for name, shape in shapes.items()}
-        head = head_of(stream.bundle)
-        blocks = [layer for layer in sizes if layer != head] or list(sizes)
+        head, heads = head_of(stream.bundle), targets(stream)
         found: dict[str, Any] = {"quant_method": "exl2", "version": VERSION}
-        found["bits"] = round(sum(sizes[layer] for layer in blocks) / sum(weights[layer] for layer in blocks), 3)
-        heads = targets(stream)
+        found["bits"] = round(self.bits_per_weight(stream.bundle), 3)
         found["head_bits"] = heads[head].bits if head is not None and head in heads else 16
         return found
 
@@ -243,13 +248,6 @@ def _q_groups(bits: int, groups: int, inputs: int) -> Tensor:
     """int16 [2 * G] of equal groups."""
     first = torch.arange(groups) * (inputs // groups * bits // 32)
     return torch.stack((torch.full_like(first, bits), first), 1).flatten().to(torch.int16)
-
-
-def stored_bits(spec: QuantSpec, shape: tuple[int, ...]) -> int:
-    """All bits of a tensor [O, I] in the file: codes, k, M, q_groups and q_invperm."""
-    outputs, inputs = shape
-    groups = spec.groups(inputs)
-    return outputs * inputs * spec.bits + groups * (outputs * 4 + 16 + 32) + inputs * 32
 
 
 def dequantized(layer: str, file: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.float16]:

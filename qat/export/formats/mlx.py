@@ -150,9 +150,10 @@ class Mlx(HfFormat):
 
     # ---- one tensor ----------------------------------------------------------------------------------------------
 
-    def pack(self, name: str, weight: QTensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Local names -> tensors; scales and biases in `dtype`. Raises ExportError if it does not hold them exactly."""
-        spec = weight.spec
+    def pack(self, name: str, weight: QTensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Local names -> tensors; scales and biases in `dtype` (default: out_dtype). Raises ExportError if it does not
+        hold them exactly."""
+        spec, dtype = weight.spec, dtype or weight.out_dtype
         if not self.holds(spec):
             raise ExportError(f"{name}: {spec.scale} scales times codes would be rounded; use scale: portable")
         rows, columns = weight.codes.shape

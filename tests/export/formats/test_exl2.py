@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 import qat
 from qat.errors import IMPOSSIBLE_FORMATS, ExportError, QATError
 from qat.export import all_formats, export, formats_for, get_format
-from qat.export.formats.exl2 import BITS, FUSED, MOST, Exl2, dequantized, stored_bits
+from qat.export.formats.exl2 import BITS, FUSED, MOST, Exl2, dequantized
 from qat.export.hf_format import KEEP
 from qat.layout import Layout
 from qat.plan import PlanRow
@@ -81,7 +81,7 @@ def test_round_trip(bits: int, size: int, dtype: torch.dtype) -> None:
     assert torch.equal(read(packed).to(dtype), tensor.dequantize())
     assert torch.equal(read(packed).float(), tensor.dequantize(FP32))
     stored = sum(8 * t.numel() * t.element_size() for t in packed.values())
-    assert stored == stored_bits(spec, (64, 192))
+    assert stored == Exl2().stored_bits(spec, tensor.layout, dtype)
 
 
 def words_of(numbers: list[int], bits: int) -> list[int]:
