@@ -271,7 +271,7 @@ def _input(layer: nn.Module, live: Live, x: Tensor | None) -> tuple[Slot | None,
     if live.trains(layer):
         _observe(quantizer, x)
     spec = quantizer.live_spec
-    slot = Slot(quantizer, spec, quantizer.rows_layout(x))
+    slot = Slot(quantizer, spec, quantizer.layout.of(x))
     if not quantizer.identity_gradient:
         fields = quantizer.fields(slot.rows(x.detach()))
         codes, used = quantizer.quantize(slot.rows(x.detach()), spec, fields)
@@ -303,7 +303,7 @@ def _output(layer: nn.Module, live: Live, y: Tensor) -> Tensor:
     if not isinstance(quantizer, Quantizer):
         return y
     with no_autocast(y.device.type):
-        slot = Slot(quantizer, quantizer.live_spec, quantizer.rows_layout(y))
+        slot = Slot(quantizer, quantizer.live_spec, quantizer.layout.of(y))
         return _Rounded.apply(y, slot, live.blend)  # type: ignore[no-any-return, no-untyped-call]
 
 
