@@ -49,7 +49,7 @@ class Slot:
     # error for lsq, all of the numbers for ema.
     percentile: float | None = None
     # Groups of a weight are formed over inputs in an order that is kept with it, for the format gptq: that of a GPTQ file
-    # (init.file), or the largest inputs first (init.method=gptq and gptq_latent); without these they stay as they are.
+    # (init.file), or the largest inputs first (init.method=gptq, gptq_latent); without these they stay as they are.
     desc_act: bool = False
     # null: signed with zero_point=none, unsigned otherwise.
     signed: bool | None = None
