@@ -48,8 +48,8 @@ class Slot:
     # quantizer=lsq it is the range at the start, for ema that of each step's inputs. null: the range of least squared
     # error for lsq, all of the numbers for ema.
     percentile: float | None = None
-    # Groups of a weight are formed over inputs in an order that is kept with it, for the format gptq: that of a GPTQ file
-    # (init.file), or the largest inputs first (init.method=gptq, gptq_latent); without these they stay as they are.
+    # Groups of a weight are of inputs in an order that is kept with it, for the format gptq: that of a GPTQ file
+    # (init.file), or the largest inputs first (init.method=gptq or gptq_latent); else the inputs stay as they are.
     desc_act: bool = False
     # null: signed with zero_point=none, unsigned otherwise.
     signed: bool | None = None
