@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qat
 from qat.errors import ExportError, QATError
@@ -363,15 +363,31 @@ def test_step_0_is_the_file(name: str, make_model: Any, quantize: Any, tmp_path:
         assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
+@pytest.mark.parametrize("name", ["gptq", "compressed-tensors"])
 def test_a_file_with_groups_in_order_starts_a_rule_with_desc_act(
-    make_model: Any, quantize: Any, tmp_path: Path
+    name: str, make_model: Any, quantize: Any, tmp_path: Path
 ) -> None:
     source = quantize(make_model(num_hidden_layers=1), GROUPS, head=KEEP_HEAD)
-    export(source, tmp_path / "out", "gptq")
+    export(source, tmp_path / "out", name)
     model = make_model(num_hidden_layers=1)
     mixed_up(quantize(model, {**GROUPS, "desc_act": True}, head=KEEP_HEAD))
     start_from_file(model, tmp_path / "out")
-    assert all(torch.equal(trained.codes, source[name].codes) for name, trained in qat.convert(model).items())
+    assert all(torch.equal(trained.codes, source[key].codes) for key, trained in qat.convert(model).items())
+
+
+# Turned red by groups that are not counted: their scales would be those of others.
+@pytest.mark.parametrize("own", [False, True], ids=["gptqmodel", "qat"])
+def test_groups_of_other_sizes_are_refused(
+    own: bool, make_model: Any, quantize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if own:
+        monkeypatch.setattr(Gptq, "installed", lambda self: False)
+    export(quantize(make_model(num_hidden_layers=1), GROUPS, head=KEEP_HEAD), tmp_path / "out", "gptq")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.g_idx"][0] = 2
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ExportError, match=r"down_proj\.g_idx does not put 32 inputs into each of 3 groups"):
+        list(Gptq().read(tmp_path / "out"))
 
 
 NAMES = ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj", "model.layers.11.mlp.up_proj", "lm_head"]
