@@ -68,7 +68,7 @@ class Gptq(PackedGroups):
 
     name = "gptq"
     bits = "2, 3, 4 or 8"
-    contents = "int and ternary by tensor, channel or group (desc_act), with or without zero points; mixed layers; Conv1D"
+    contents = "int and ternary by tensor, channel or group (desc_act), zero points; mixed layers; Conv1D"
     consumers = ("gptqmodel",)
     widths = (2, 3, 4, 8)
     groups = (16, 32, 64, 128, 256, 512, 1024)
