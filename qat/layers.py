@@ -299,7 +299,7 @@ def _input(layer: nn.Module, live: Live, x: Tensor | None) -> tuple[Slot | None,
 def _activation(quantizer: Quantizer, x: Tensor, shared: bool = False) -> tuple[Slot, _Quantized]:
     """The slot of what is no weight with its codes and fields; shared: other layers may read it too."""
     spec = quantizer.live_spec
-    slot = Slot(quantizer, spec, quantizer.rows_layout(x))
+    slot = Slot(quantizer, spec, quantizer.layout.of(x))
     if not quantizer.identity_gradient:
         fields = quantizer.fields(slot.rows(x.detach()))
         codes, used = quantizer.quantize(slot.rows(x.detach()), spec, fields)

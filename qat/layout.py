@@ -12,13 +12,17 @@ every deployment format.
     experts      [E, O, I]                          [E*O, I]
     experts_t    [E, I, O]                          [E*O, I]
     tokens       [..., I]     (an activation)       [T, I]
+
+Groups are consecutive columns of the rows. Where they are formed over inputs in another order (GPTQ's `desc_act`), the
+rows have their columns in that order.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 # kind -> the permutation that brings the output dimensions to the front (identity: None), number of output dimensions
@@ -36,10 +40,14 @@ _KINDS: dict[str, tuple[tuple[int, ...] | None, int]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of a parameter and how its rows are taken."""
+    """The shape of a parameter and how its rows are taken.
+
+    order   int64 [K], a permutation: column k of the rows is column order[k] of the parameter; None: they are the same
+    """
 
     shape: tuple[int, ...]
     kind: str = "linear"
+    order: Tensor | None = field(default=None, compare=False)
 
     def _permutation(self) -> tuple[int, ...] | None:
         permutation = _KINDS[self.kind][0]
@@ -62,16 +70,28 @@ class Layout:
         own = (self._permutation() or tuple(range(len(shape))))[:outputs]
         for i in own:
             shape[i] = rows if i == own[-1] else 1
-        return Layout(tuple(shape), self.kind)
+        return Layout(tuple(shape), self.kind, self.order)
+
+    def of(self, w: Tensor) -> Layout:
+        """The layout of a weight is fixed; an activation's is its own shape."""
+        return Layout(tuple(w.shape), "tokens") if self.kind == "tokens" else self
+
+    def ordered(self, columns: Tensor) -> Tensor:
+        """`[..., K]` as the parameter has it -> as the rows do."""
+        return columns if self.order is None else columns.index_select(-1, self.order)
+
+    def unordered(self, columns: Tensor) -> Tensor:
+        """The inverse of `ordered`."""
+        return columns if self.order is None else torch.empty_like(columns).index_copy_(-1, self.order, columns)
 
     def to_rows(self, w: Tensor) -> Tensor:
         """`shape` -> `[R, K]`; a view where the memory order allows it."""
         permutation = self._permutation()
-        return (w if permutation is None else w.permute(permutation)).reshape(self.rows_shape)
+        return self.ordered((w if permutation is None else w.permute(permutation)).reshape(self.rows_shape))
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """`[R, K]` -> `shape`."""
-        permutation = self._permutation()
+        permutation, rows = self._permutation(), self.unordered(rows)
         if permutation is None:
             return rows.reshape(self.shape)
         permuted = rows.reshape([self.shape[i] for i in permutation])

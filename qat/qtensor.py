@@ -33,7 +33,8 @@ class QTensor:
         w_RK = codes_RK * scale_RG + minimum_RG             zero_point float
         w_RK = number[codes_RK] * scale_RG                  a grid of levels or of floats (`qat.grids`)
 
-    R rows (output channels), K numbers in a row, G scales in a row (K % G == 0); per tensor both R and G are 1.
+    R rows (output channels), K numbers in a row in the order of `layout`, G scales in a row (K % G == 0); per tensor
+    both R and G are 1.
 
     codes        [R, K] in spec.grid.code_dtype: int8 (signed integers), uint8, or a dtype of small floats
     scale        the stored dtype of spec.scale (fp32 if it has two levels), [R, G] or [1, 1], finite, positive but for

@@ -27,6 +27,7 @@ class QuantSpec:
                            float: w = code * scale + minimum, the minimum stored like a scale
     scale                  how scales are stored (`qat.scales.SCALE_GRIDS`)
     quantizer              the name of a quantizer (`qat.quantizers`)
+    desc_act               groups are of inputs in an order of their own (`qat.layout`), which the quantizer keeps
     percentile             ranges that are found once or averaged hold this share of the numbers, in % (with
                            a zero point: but for its rest on either side); None: as the
                            quantizer finds them
@@ -43,6 +44,7 @@ class QuantSpec:
     kind: str = "int"
     signed_scale: bool = False
     percentile: float | None = None
+    desc_act: bool = False
 
     @property
     def grid(self) -> Grid:
@@ -87,6 +89,8 @@ class QuantSpec:
             )
         if self.group_size is not None and self.group_size < 1:
             found.append(f"group_size={self.group_size} is not positive")
+        if self.desc_act and self.granularity != "group":
+            found.append(f"desc_act=true is about groups, and granularity={self.granularity!r} has none")
         if self.zero_point not in ZERO_POINTS:
             found.append(f"zero_point={self.zero_point!r} is unknown; use one of {', '.join(ZERO_POINTS)}")
         if self.zero_point == "float" and self.signed:
@@ -162,6 +166,7 @@ class QuantSpec:
         sign = "" if self.signed else "u"
         name = f"{sign}int{self.bits}{' narrow' if self.narrow else ''}" if self.kind == "int" else self.kind
         where = f"g{self.group_size}" if self.group_size else self.granularity
+        where += " desc_act" if self.desc_act else ""
         zero = {"none": "", "int": " zp", "float": " min"}[self.zero_point]
         either = " +-" if self.signed_scale else " "
         share = "" if self.percentile is None else f" p{self.percentile:g}"

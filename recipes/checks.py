@@ -170,6 +170,15 @@ def _rule(rule: Rule, path: str) -> list[str]:
                 f"{path}.weight.signed: false is not allowed with zero_point=none, every negative weight would be 0; "
                 "allowed: true, or zero_point=int or float"
             )
+        if rule.weight.desc_act and (rule.weight.granularity != "group" or rule.weight.quantizer in DYNAMIC_QUANTIZERS):
+            found.append(
+                f"{path}.weight.desc_act: true is not allowed with granularity={rule.weight.granularity}, quantizer="
+                f"{rule.weight.quantizer}; allowed: false, or granularity=group and quantizer=mse or lsq, which keep it"
+            )
+    for key in ("input", "output"):
+        slot = getattr(rule, key)
+        if slot is not None and slot.desc_act:
+            found.append(f"{path}.{key}.desc_act: true is not allowed, it is about weights; allowed: false")
     if rule.output is not None:
         found += _slot(rule.output, f"{path}.output", ("token", "group"), OUTPUT_QUANTIZERS)
     for key, slot, quantizers in (("input", rule.input, INPUT_QUANTIZERS), ("cache", rule.cache, CACHE_QUANTIZERS)):

@@ -134,6 +134,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
                 del slot["signed_scale"]
             if slot is not None and slot["percentile"] is None:
                 del slot["percentile"]
+            if slot is not None and not slot["desc_act"]:
+                del slot["desc_act"]
     for phase in data["phases"].values():
         for word, usual in (("train", "all"), ("freeze_batch_norm", False), ("freeze_oscillating", 0), ("dampen", 0)):
             if phase[word] == usual:

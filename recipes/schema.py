@@ -49,6 +49,9 @@ class Slot:
     # quantizer=lsq it is the range at the start, for ema that of each step's inputs. null: the range of least squared
     # error for lsq, all of the numbers for ema.
     percentile: float | None = None
+    # Groups of a weight are of inputs in an order that is kept with it, for the format gptq: that of a GPTQ file
+    # (init.file), or the largest inputs first (init.method=gptq or gptq_latent); else the inputs stay as they are.
+    desc_act: bool = False
     # null: signed with zero_point=none, unsigned otherwise.
     signed: bool | None = None
 
@@ -71,6 +74,7 @@ class Slot:
             "kind": self.grid,
             "signed_scale": self.signed_scale,
             "percentile": self.percentile,
+            "desc_act": self.desc_act,
         }
 
 

@@ -187,9 +187,9 @@ def _rounded(spec: QuantSpec, fields: Fields | None) -> Callable[[nn.Module, tup
 
     def hook(module: nn.Module, given: tuple[Tensor]) -> Tensor:
         x = given[0]
-        rows = own.rows_layout(x).to_rows(x)
+        rows = own.layout.of(x).to_rows(x)
         codes, found = own.quantize(rows, spec, fields)
-        return own.rows_layout(x).from_rows(spec.grid.decode(codes, *found)).to(x.dtype)
+        return own.layout.of(x).from_rows(spec.grid.decode(codes, *found)).to(x.dtype)
 
     return hook
 

@@ -161,6 +161,7 @@ class Format(ABC):
     needs       what it is made from: "tensors", or a "graph"
     bits        of its codes, in words, and `contents`: grids, groups, scales
     consumers   programs that load it, as `qat export --for` names them; a program belongs to one format
+    desc_act    it says which inputs form a group
     """
 
     name: ClassVar[str] = ""
@@ -168,6 +169,7 @@ class Format(ABC):
     bits: ClassVar[str] = ""
     contents: ClassVar[str] = ""
     consumers: ClassVar[tuple[str, ...]] = ()
+    desc_act: ClassVar[bool] = False
 
     def check(self, source: Plan | Bundle, tokenizer: Any = None) -> list[str]:
         """Why `source` cannot be written exactly, each reason naming layers and the fix; empty means it can.
@@ -183,6 +185,8 @@ class Format(ABC):
                     f"batch_norm.fold: {self.name} holds a layer's tensors, and its reader would run the norm once "
                     "more; use onnx or openvino, or fold: false"
                 )
+            if row.weight is not None and row.weight.desc_act and not self.desc_act:
+                lost.append(f"desc_act: {self.name} has groups of consecutive inputs; use gptq, or desc_act: false")
             for why in [*lost, *(self.row_reasons(row) if row.cache is None else self.cache_reasons(row.cache))]:
                 found.setdefault(why, []).append(row.name or "the model")
         reasons = [f"{_names(names)}: {why}" for why, names in found.items()]

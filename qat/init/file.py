@@ -6,6 +6,7 @@ that is in it: each weight is unpacked under its rule's spec and compared with w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def _take(layer: QATLayer, key: str, where: str, fmt: Format, packed: dict[str, 
         raise QATError(f"{where}: the weight is sharded or has an adapter; start from the file before either")
     spec = quantizer.spec
     try:
-        tensor = fmt.unpack(packed, spec, quantizer.layout, torch.float32)
+        tensor = fmt.unpack(packed, spec, replace(quantizer.layout, order=None), torch.float32)
         found = tensor.dequantize()
     except (ExportError, KeyError, ValueError, TypeError, RuntimeError, IndexError) as problem:
         raise QATError(
@@ -113,7 +114,12 @@ def _take(layer: QATLayer, key: str, where: str, fmt: Format, packed: dict[str, 
     same = tensor.scale.shape == quantizer.start_scale.shape[1:] and found.shape == weight.shape
     if not (same and torch.equal(found.to(weight.dtype), weight)):
         raise QATError(f"{where} is not on the grid of its rule, {spec}; the recipe has to name the file's own grid")
+    order = tensor.layout.order
+    if order is not None and not spec.desc_act:
+        raise QATError(f"{where} has groups of inputs in another order; add desc_act: true to the weight of its rule")
     quantizer.reset_parameters()
+    if order is not None:
+        quantizer.regroup(order)
     quantizer.store(_fields(tensor))
     parameter.data.copy_(found)
     scales_fit(quantizer, parameter.detach())

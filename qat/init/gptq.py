@@ -27,6 +27,7 @@ from qat.init.walk import Forward, Shared, call_model, walk
 from qat.layers import QATLayer, weight_quantizers
 from qat.ops import ConvOp, LinearOp
 from qat.qtensor import Fields
+from qat.quantizers.mse import Stored
 from qat.specs import QuantSpec
 from qat.state import QATState, require_state
 from qat.steps import apply_schedule, latents, qat_layers, scales_fit, search_scales, weights_changed
@@ -78,6 +79,8 @@ def gptq(
     act_order    columns with the largest inputs first
     weighted     search the scales for the error weighted with the mean square of each input
     forward      forward(model, batch) instead of the call above
+
+    Rules with desc_act: true form groups of the inputs in that order, too, the largest first.
 
     Linear layers, Conv1D and convolutions; embeddings, experts, and weights tied to them stay as they are, quantized
     from the start. Tied weights are done once, for the inputs of all their layers. The model is in eval mode meanwhile.
@@ -188,9 +191,14 @@ def _round(shared: Shared, latent: bool, damp: float, act_order: bool, weighted:
     layer = shared.layers[0]
     quantizer, weight = weight_quantizers(layer)["weight"], layer.weight
     assert isinstance(weight, nn.Parameter)
+    hessians = shared.moments.mean(layer).to(weight.device)
+    if isinstance(quantizer, Stored) and quantizer.spec.desc_act:
+        sizes = hessians.diagonal(dim1=1, dim2=2).mean(0)
+        quantizer.regroup(torch.argsort(sizes, descending=True, stable=True))
+        quantizer.init_from(weight.detach())
+        hessians = quantizer.layout.ordered(quantizer.layout.ordered(hessians).mT)
     spec, layout = quantizer.live_spec, quantizer.layout
     w_RK = layout.to_rows(weight.detach()).float()
-    hessians = shared.moments.mean(layer).to(w_RK.device)
     run = w_RK.shape[0] // hessians.shape[0]
     if weighted:
         quantizer.init_from(weight.detach(), importance(hessians.diagonal(dim1=1, dim2=2), w_RK.shape[0]))

@@ -130,7 +130,7 @@ def _search(shared: Shared, squares_CK: Tensor) -> LayerError:
         raise QATError(f"{shared.name} has {columns} weights in a row, and mean squares of {given} inputs are given")
     if not bool(torch.isfinite(squares_CK).all()):
         raise QATError(f"{shared.name}: its inputs hold numbers that are not finite; look for NaN in the batches")
-    counts = importance(squares_CK.to(w_RK.device), w_RK.shape[0])
+    counts = quantizer.layout.ordered(importance(squares_CK.to(w_RK.device), w_RK.shape[0]))
 
     def error() -> float:
         difference = hat(w_RK, quantizer.fields(w_RK), quantizer.spec) - w_RK

@@ -27,6 +27,7 @@ from qat.grids import Gradients
 from qat.layout import Layout
 from qat.qtensor import Fields, QTensor
 from qat.quantizers._gradients import Fixed, Ruled
+from qat.quantizers._parts import joined
 from qat.scales import TwoLevel
 from qat.specs import QuantSpec
 
@@ -52,9 +53,8 @@ class Quantizer(nn.Module):
     def __init__(self, spec: QuantSpec, layout: Layout) -> None:
         super().__init__()
         self.spec = spec
-        self.layout = layout
-        # bits for the current phase; the deployed spec unless the schedule says otherwise
-        self.live_spec = spec
+        self._place = layout
+        self.live_spec = spec  # with the bits of the current phase
         self.frozen = False  # scales stop learning and ranges stop moving
         # codes stay those of the fields that were stored, and the scale alone moves (EfficientQAT's E2E-QP)
         self.codes_fixed = False
@@ -164,8 +164,8 @@ class Quantizer(nn.Module):
         if activation and isinstance(two, TwoLevel) and not (cls.local_activations and two.local):
             use = "; use quantizer=local" if two.local else ""
             found.append(f"scale={two.name!r} is for weights: its scale of scales would depend on the whole batch{use}")
-        if activation and spec.signed_scale:
-            found.append("signed_scale=true is for weights")
+        if activation and (spec.signed_scale or spec.desc_act):
+            found.append(f"{'signed_scale' if spec.signed_scale else 'desc_act'}=true is for weights")
         if activation and spec.granularity == "channel":
             found.append("an input has no output channels; use granularity=token or tensor")
         if not activation and spec.granularity == "token":
@@ -179,10 +179,11 @@ class Quantizer(nn.Module):
 
     # ---- final ---------------------------------------------------------------------------------------------------
 
-    @final
-    def rows_layout(self, w: Tensor) -> Layout:
-        """The layout of a weight is fixed; an activation's is its own shape."""
-        return Layout(tuple(w.shape), "tokens") if self.layout.kind == "tokens" else self.layout
+    @property
+    def layout(self) -> Layout:
+        """With the order of columns in which groups are formed, where one is kept (`qat.quantizers.mse.Stored`)."""
+        order = self._buffers.get("order")
+        return self._place if order is None else Layout(self._place.shape, self._place.kind, joined(order).long())
 
     @final
     def fields(self, w_RK: Tensor) -> Fields:
@@ -206,7 +207,7 @@ class Quantizer(nn.Module):
     def forward(self, w: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """Fake-quantized `w`: same shape, `out_dtype` (default: dtype of w). Non-finite elements stay non-finite
         or clip; the scale stays finite."""
-        layout = self.rows_layout(w)
+        layout = self.layout.of(w)
         with torch.autocast(device_type=w.device.type, enabled=False):
             rows = layout.to_rows(w).float()
             fields, spec = self.stored(self.qparams(rows)), self.live_spec
@@ -284,7 +285,7 @@ class Quantizer(nn.Module):
         if not bool(torch.isfinite(w).all()):
             count = int((~torch.isfinite(w)).sum())
             raise QATError(f"{count} of {w.numel()} numbers are not finite and have no code (did the run diverge?)")
-        layout = self.rows_layout(w)
+        layout = self.layout.of(w)
         with torch.autocast(device_type=w.device.type, enabled=False):
             rows = layout.to_rows(w).float()
             spec = self.live_spec
@@ -318,6 +319,5 @@ class Quantizer(nn.Module):
         # With some keys of this quantizer, or with a record (`qat.prepare`), the rest is missed as ever.
         self.absent = not any(key.startswith(prefix) for key in state_dict)
         self.rewritten |= not self.absent
-        missing: list[str] = []
-        args = (*args[:2], missing if self.absent else args[2], *args[3:])
+        args = (*args[:2], [] if self.absent else args[2], *args[3:])
         super()._load_from_state_dict(state_dict, prefix, *args)

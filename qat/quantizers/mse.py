@@ -150,7 +150,8 @@ def _for_all_rows(w_RK: Tensor, spec: QuantSpec, wanted: Fields, importance: Ten
 class Stored(Quantizer):
     """A quantizer whose fields start from a search and are kept in buffers that survive casts.
 
-    start_scale [P, R, G], start_zero [1, R, G] and start_minimum [P, R, G] with P = `spec.scale_grid.parts`.
+    start_scale [P, R, G], start_zero [1, R, G] and start_minimum [P, R, G] with P = `spec.scale_grid.parts`; order
+    [3, K], of `spec.desc_act`, that of `Layout`: no average of models and no cast changes it.
     """
 
     zero_points: tuple[str, ...] = ("none", "int", "float")
@@ -163,9 +164,11 @@ class Stored(Quantizer):
         self.start_scale: Tensor
         self.start_zero: Tensor | None
         self.start_minimum: Tensor | None
+        self.order: Tensor | None
         self.register_buffer("start_scale", split(torch.ones(shape), parts))
         self.register_buffer("start_zero", torch.zeros(1, *shape) if self.spec.zero_point == "int" else None)
         self.register_buffer("start_minimum", torch.zeros(parts, *shape) if self.spec.zero_point == "float" else None)
+        self.register_buffer("order", split(torch.arange(columns), 3) if self.spec.desc_act else None)
 
     def reset_parameters(self) -> None:
         """Called on modules that were made on the meta device; `init_from` gives the values their meaning."""
@@ -173,6 +176,16 @@ class Stored(Quantizer):
         for start in (self.start_zero, self.start_minimum):
             if start is not None:
                 start.zero_()
+        if self.order is not None:
+            self.regroup(torch.arange(self.order.shape[1], device=self.order.device))
+
+    @torch.no_grad()
+    def regroup(self, order: Tensor) -> None:
+        """Of `spec.desc_act`: group k is of the inputs order[k * size : (k + 1) * size], a permutation int64 [K]; they
+        stay sorted within it. The fields are still those of the groups before."""
+        assert self.order is not None
+        groups = order.reshape(self.spec.groups(order.numel()), -1)
+        self.order.copy_(split(groups.sort(1).values.flatten(), 3))
 
     @torch.no_grad()
     def init_from(self, w: Tensor, importance: Tensor | None = None) -> None:

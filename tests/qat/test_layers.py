@@ -97,7 +97,7 @@ class Holder(nn.Module):
 
 def ste(quantizer: Quantizer, value: Tensor, dtype: torch.dtype) -> Tensor:
     """The formula in plain autograd: straight through the rounding, and through the scale where it is learned."""
-    layout = quantizer.rows_layout(value)
+    layout = quantizer.layout.of(value)
     rows = layout.to_rows(value).float()
     s, z, m = quantizer.qparams(rows)
     lo, hi = quantizer.live_spec.grid.qmin, quantizer.live_spec.grid.qmax

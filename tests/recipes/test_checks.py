@@ -97,6 +97,17 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         f"{W}.percentile: 99.0 is not allowed with signed_scale=true",
         "null",
     ),
+    (
+        {f"{W}.desc_act": True, f"{W}.granularity": "channel", f"{W}.group_size": None, f"{W}.quantizer": "lsq"},
+        f"{W}.desc_act: true is not allowed with granularity=channel, quantizer=lsq",
+        "granularity=group",
+    ),
+    (
+        {f"{W}.desc_act": True, f"{W}.quantizer": "absmax"},
+        f"{W}.desc_act: true is not allowed with granularity=group, quantizer=absmax",
+        "mse or lsq",
+    ),
+    ({f"{I}.desc_act": True}, f"{I}.desc_act: true is not allowed", "allowed: false"),
     ({f"{W}.quantizer": "lqs"}, f'{W}.quantizer: "lqs" is not allowed', 'did you mean "lsq"?'),
     ({f"{W}.quantizer": "ema"}, f'{W}.quantizer: "ema" is not allowed', "allowed: absmax, minmax, mse, lsq"),
     (

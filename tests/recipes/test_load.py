@@ -87,7 +87,7 @@ def test_spec_fields_are_those_of_the_spec() -> None:
 def test_records_without_newer_words_stay_the_same() -> None:
     """What a checkpoint says of its recipe. Mutation: a word kept that was not set -> red."""
     data = to_dict(from_dict({"rules": {"a": {"weight": {"quantizer": "lsq"}}}}))
-    assert not {"percentile", "signed_scale"} & data["rules"]["a"]["weight"].keys()
+    assert not {"percentile", "signed_scale", "desc_act"} & data["rules"]["a"]["weight"].keys()
     assert not {"imatrix", "file"} & set(data["init"]) and "offload" not in data["train"]
     data = to_dict(from_dict({"rules": {"a": {"weight": {"quantizer": "lsq", "percentile": 99.9}}}}))
     assert data["rules"]["a"]["weight"]["percentile"] == 99.9

@@ -3,7 +3,7 @@
     qweight   int32 [ceil(I * bits / 32), O]   codes, a dense stream down the rows
     qzeros    int32 [G, ceil(O * bits / 32)]   zero points, a dense stream along the columns
     scales    fp16 [G, O]
-    g_idx     int32 [I]                        group of each input: i // group_size, groups as they were trained
+    g_idx     int32 [I]                        group of each input: i // group_size but for desc_act
     bias      as in the model
 
 `gptq` (version 1) stores zero points less one, in `bits` bits: no zero point of 0. `gptq_v2` stores them as they are. A
@@ -20,6 +20,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ from qat.specs import QuantSpec
 V1, V2 = "gptq", "gptq_v2"
 # by which GPTQModel knows that asymmetric zero points of version 1 were stored without wrapping around
 _NO_WRAP = "gptqmodel:0.9.0"
+# Letters of a pattern in `dynamic` that are read, and that an error shows.
+_LONGEST, _SHOWN = 4096, 60
 
 
 class Gptq(PackedGroups):
@@ -65,11 +68,12 @@ class Gptq(PackedGroups):
 
     name = "gptq"
     bits = "2, 3, 4 or 8"
-    contents = "int and ternary by tensor, channel or group, with or without zero points; mixed layers; Conv1D"
+    contents = "int and ternary by tensor, channel or group (desc_act), zero points; mixed layers; Conv1D"
     consumers = ("gptqmodel",)
     widths = (2, 3, 4, 8)
     groups = (16, 32, 64, 128, 256, 512, 1024)
     kinds = ("linear", "transposed")
+    desc_act = True
 
     def __init__(self) -> None:
         self._begin()
@@ -108,20 +112,20 @@ class Gptq(PackedGroups):
         """Local names -> tensors, zero points as in version 2."""
         codes, zero, scale = stored(name, weight)
         bits, columns = weight.spec.bits, codes.shape[1]
+        groups = torch.arange(columns, dtype=torch.int32, device=codes.device) // (columns // scale.shape[1])
         return {
-            "qweight": pack_bits(codes, bits).T.contiguous(),
+            "qweight": pack_bits(weight.layout.unordered(codes), bits).T.contiguous(),
             "qzeros": pack_bits(zero.T.contiguous(), bits),
             "scales": scale.T.contiguous(),
-            "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // scale.shape[1]),
+            "g_idx": weight.layout.unordered(groups),
         }
 
     def unpack(self, packed: dict[str, Tensor], spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> QTensor:
-        """Raises ExportError for groups in another order."""
+        """The layout of the result has the order of g_idx, which is as `weight` wants it."""
         rows, columns = layout.rows_shape
-        identity = torch.arange(columns, dtype=torch.int32) // (columns // packed["scales"].shape[0])
-        if not torch.equal(packed["g_idx"], identity):
-            raise ExportError("g_idx puts the groups in another order (desc_act), which only GPTQModel reads here")
-        codes = unpack_bits(packed["qweight"].T.contiguous(), spec.bits, columns)
+        order = torch.argsort(packed["g_idx"], stable=True)
+        layout = replace(layout, order=None if torch.equal(order, torch.arange(columns)) else order)
+        codes = layout.ordered(unpack_bits(packed["qweight"].T.contiguous(), spec.bits, columns))
         zero = unpack_bits(packed["qzeros"], spec.bits, rows).T.contiguous()
         return restored(Grouped(codes, zero, packed["scales"].T), spec, layout, out_dtype)
 
@@ -154,7 +158,7 @@ class Gptq(PackedGroups):
             "quant_method": "gptq",
             **base,
             "checkpoint_format": V2 if self._zero_seen else V1,
-            "desc_act": False,
+            "desc_act": any(spec.desc_act for spec in quantized.values()),
             "pack_dtype": "int32",
             "lm_head": head_of(stream.bundle) in quantized,
             "meta": {"quantizer": ["qat"] if every or self._zero_seen else ["qat", _NO_WRAP]},
@@ -200,8 +204,9 @@ class Gptq(PackedGroups):
         groups = inputs // size if size > 0 else 1
         words = words_per_row(outputs, bits)
         order = check_tensor(layer, tensors, "g_idx", torch.int32, (inputs,))
-        if inputs and not 0 <= int(order.min()) <= int(order.max()) < groups:
-            raise ExportError(f"{layer}.g_idx names groups beyond the {groups} that there are")
+        known = not inputs or 0 <= int(order.min()) <= int(order.max()) < groups
+        if not known or bool((torch.bincount(order, minlength=groups) != inputs // groups).any()):
+            raise ExportError(f"{layer}.g_idx does not put {inputs // groups} inputs into each of {groups} groups")
         check_tensor(layer, tensors, "scales", torch.float16, (groups, outputs))
         check_tensor(layer, tensors, "qweight", torch.int32, (words_per_row(inputs, bits), outputs))
         check_tensor(layer, tensors, "qzeros", torch.int32, (groups, words))
@@ -218,17 +223,49 @@ class Gptq(PackedGroups):
 
 def _settings(layer: str, config: dict[str, Any]) -> tuple[int, int, str]:
     """(bits, group size, version) of a layer. Raises ExportError for a configuration that says nothing of the kind."""
-    dynamic = config.get("dynamic") or {}
-    own = dynamic.get(f"+:{exactly(layer)}", {}) if isinstance(dynamic, dict) else None
-    if not isinstance(own, dict):
-        raise ExportError(f"config.json has no mapping of settings for {layer} in its dynamic")
-    settings = {**config, **own}
+    settings = {**config, **_override(layer, config.get("dynamic") or {})}
     bits, size, version = number(settings, "bits"), number(settings, "group_size"), config.get("checkpoint_format", V1)
     if bits not in Gptq.widths or (size < 1 and size != -1):
         raise ExportError(f"config.json has bits={bits} and group_size={size} for {layer}, which GPTQ has not")
     if version not in (V1, V2):
         raise ExportError(f"config.json has checkpoint_format={version!r}; gptq and gptq_v2 are known")
     return bits, size, version
+
+
+def _override(layer: str, dynamic: Any) -> dict[str, Any]:
+    """The settings of the first pattern that matches the start of a layer's name, as GPTQModel and vLLM take them."""
+    if not isinstance(dynamic, dict):
+        raise ExportError(f"config.json has no mapping in its dynamic, but {str(dynamic)[:_SHOWN]}")
+    for pattern, settings in dynamic.items():
+        if not _matches(pattern[2:] if pattern.startswith(("+:", "-:")) else pattern, layer):
+            continue
+        if pattern.startswith("-:"):
+            raise ExportError(f"{layer} is packed, and {pattern!r} in the dynamic of config.json leaves it in float")
+        if not isinstance(settings, dict):
+            raise ExportError(f"config.json has no mapping of settings for {layer} in its dynamic")
+        return settings
+    return {}
+
+
+def _matches(pattern: str, layer: str) -> bool:
+    """Whether a pattern matches the start of a name. Raises ExportError for one that cannot be read."""
+    if re.fullmatch(r"\^([^][\\.^$*+?{}()|]|\\[^a-zA-Z0-9])*\$", pattern):
+        # one name, as `exactly` writes it
+        return re.sub(r"\\(.)", r"\1", pattern[1:-1]) == layer
+    what = f"config.json has {pattern[:_SHOWN]!r} in its dynamic"
+    if len(pattern) > _LONGEST:
+        raise ExportError(f"{what}, a pattern of {len(pattern)} letters; at most {_LONGEST} are read")
+    try:
+        from pyarrow import array, compute
+    except ImportError:
+        raise ExportError(f"{what}, which is no plain name; pip install pyarrow, by which it is matched") from None
+    try:
+        re.compile(pattern)
+        # RE2 takes a time linear in the name, whatever a stranger wrote; re does not
+        return bool(compute.match_substring_regex(array([layer]), f"^(?:{pattern})")[0].as_py())
+    except (ValueError, OverflowError, RecursionError, re.error) as problem:
+        why = str(problem).removeprefix("Invalid regular expression: ")[:_SHOWN]
+        raise ExportError(f"{what}, which is no regular expression that can be matched safely ({why})") from None
 
 
 def _by_gptqmodel(tensors: dict[str, Tensor], bits: int, size: int, version: str, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,23 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import qat
-from qat.errors import ExportError
+from qat.errors import ExportError, QATError
 from qat.export import export
-from qat.export.formats.gptq import Gptq
+from qat.export.formats.gptq import Gptq, _override
 from qat.export.packed_groups import undisturbed
 from qat.init.file import start_from_file
+from qat.layers import weight_quantizers
 from qat.layout import Layout
 from qat.qtensor import QTensor
 from qat.specs import QuantSpec
+from qat.steps import qat_layers
 from qat.verify import verify
 
 WHY = "GPTQModel is not installed: pip install 'lightning-qat[gptq]'"
+GROUPS = {"bits": 4, "granularity": "group", "group_size": 32, "quantizer": "mse"}
 KEEP_HEAD = {"match": ["*lm_head"], "keep_float": True}
 BY_ROW = {"granularity": "channel", "group_size": None}
 BY_TENSOR = {"granularity": "tensor", "group_size": None}
@@ -45,7 +50,20 @@ GRIDS: dict[str, dict[str, Any]] = {
     "asymmetric int3": {"bits": 3, **ASYMMETRIC},
     "asymmetric int4": {"bits": 4, "signed": False, **ASYMMETRIC},
     "asymmetric int8 by row": {"bits": 8, **BY_ROW, **ASYMMETRIC},
+    "int3 desc_act": {"bits": 3, "desc_act": True, "quantizer": "mse"},
+    "asymmetric int4 desc_act": {"bits": 4, "desc_act": True, "zero_point": "int", "quantizer": "mse"},
 }
+
+
+def mixed_up(bundle: qat.Bundle) -> qat.Bundle:
+    """Groups of inputs in a random order where the rule keeps one, and scales searched for them."""
+    for number, layer in enumerate(qat_layers(bundle.module).values()):
+        quantizer = weight_quantizers(layer)["weight"]
+        if quantizer.spec.desc_act:
+            chance = torch.Generator().manual_seed(number)
+            quantizer.regroup(torch.randperm(quantizer.layout.rows_shape[1], generator=chance))
+    qat.initialize(bundle.module, force=True)
+    return bundle
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +128,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 # Turned red by: 2^(bits-1) left out for signed codes, zero points packed down the rows, the one of version 1 forgotten,
-# group_size of a row written as its length, scales not transposed.
+# group_size of a row written as its length, scales not transposed, codes in the order of their groups.
 @pytest.mark.consumer
 @pytest.mark.parametrize("name", sorted(GRIDS))
 def test_both_loaders_have_the_trained_weights(
@@ -119,7 +137,7 @@ def test_both_loaders_have_the_trained_weights(
     with undisturbed():
         pytest.importorskip("gptqmodel", reason=WHY)
     model = make_model(dtype=torch.float16, num_hidden_layers=1)
-    bundle = quantize(model, GRIDS[name], head=KEEP_HEAD)
+    bundle = mixed_up(quantize(model, GRIDS[name], head=KEEP_HEAD))
     receipt = export(bundle, tmp_path / "out", "gptq", tokenizer=tokenizer)
     assert receipt.reader.startswith("gptqmodel 7.") and receipt.max_abs_diff == 0.0
     for load in (by_gptqmodel, by_transformers):
@@ -180,10 +198,12 @@ def test_mixed_grids(tied: bool, make_model: Any, quantize: Any, tokenizer: Any,
         v={"match": ["*.0.*v_proj"], "weight": {"bits": 3, **BY_ROW, **ASYMMETRIC}},
         k={"match": ["*k_proj"], "weight": {"bits": 2, "granularity": "group", "group_size": 16, "quantizer": "mse"}},
         o={"match": ["*.0.*o_proj"], "keep_float": True},
+        up={"match": ["*.1.*up_proj"], "weight": {**GROUPS, "desc_act": True}},
     )
+    mixed_up(bundle)
     export(bundle, tmp_path / "out", "gptq", tokenizer=tokenizer)
     found = settings(tmp_path / "out")
-    assert (found["bits"], found["group_size"], found["sym"], found["desc_act"]) == (4, 32, True, False)
+    assert (found["bits"], found["group_size"], found["sym"], found["desc_act"]) == (4, 32, True, True)
     by_name = {name: entry for name, entry in found["dynamic"].items() if "layers\\.0\\." in name}
     assert by_name == {
         r"+:^model\.layers\.0\.mlp\.down_proj$": {"bits": 8, "group_size": -1, "sym": True},
@@ -231,7 +251,7 @@ def test_conv1d(own: bool, quantize: Any, tokenizer: Any, tmp_path: Path, monkey
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 320, "n_positions": 32}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, initializer_range=0.15)).half().eval()
     keep = {"match": ["*.1.mlp.c_fc"], "keep_float": True}
-    bundle = quantize(model, {"bits": 4}, ("Conv1D",), keep=keep)
+    bundle = mixed_up(quantize(model, {**GROUPS, "desc_act": True}, ("Conv1D",), keep=keep))
     assert {trained.layout.kind for trained in bundle.values()} == {"transposed"}
     if own:
         monkeypatch.setattr(Gptq, "installed", lambda self: False)
@@ -307,11 +327,19 @@ def test_zero_points_choose_the_version(
 
 # Turned red by zero points of version 1 handed on as they are stored.
 @pytest.mark.parametrize(
-    "name", ["int3", "asymmetric int4", "asymmetric int4 with a zero of 0", "asymmetric int8 by row"]
+    "name",
+    [
+        "int3",
+        "asymmetric int4",
+        "asymmetric int4 with a zero of 0",
+        "asymmetric int8 by row",
+        "int3 desc_act",
+        "asymmetric int4 desc_act",
+    ],
 )
 def test_step_0_is_the_file(name: str, make_model: Any, quantize: Any, tmp_path: Path) -> None:
     weight = {**GRIDS[name.removesuffix(" with a zero of 0")], "quantizer": "mse"}
-    source = quantize(make_model(dtype=torch.float16, num_hidden_layers=1), weight, head=KEEP_HEAD)
+    source = mixed_up(quantize(make_model(dtype=torch.float16, num_hidden_layers=1), weight, head=KEEP_HEAD))
     if name.endswith("0"):
         weights = {**weight, "quantizer": "minmax"}
         source = quantize(make_model(dtype=torch.float16, num_hidden_layers=1), weights, head=KEEP_HEAD)
@@ -325,6 +353,102 @@ def test_step_0_is_the_file(name: str, make_model: Any, quantize: Any, tmp_path:
         quantize(model, {**weight, "quantizer": "lsq"}, head=KEEP_HEAD)
         assert sorted(start_from_file(model, tmp_path / "out")) == sorted(source)
         assert torch.equal(model(IDS).logits, source.module(IDS).logits)
+    if name.endswith("desc_act"):
+        again = make_model(dtype=torch.float16, num_hidden_layers=1)
+        quantize(again, {**weight, "desc_act": False}, head=KEEP_HEAD)
+        with pytest.raises(QATError, match=r"_proj\.weight has groups of inputs in another order; add desc_act: true"):
+            start_from_file(again, tmp_path / "out")
+        export(model, tmp_path / "again", "gptq")
+        first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+        assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+@pytest.mark.parametrize("name", ["gptq", "compressed-tensors"])
+def test_a_file_with_groups_in_order_starts_a_rule_with_desc_act(
+    name: str, make_model: Any, quantize: Any, tmp_path: Path
+) -> None:
+    source = quantize(make_model(num_hidden_layers=1), GROUPS, head=KEEP_HEAD)
+    export(source, tmp_path / "out", name)
+    model = make_model(num_hidden_layers=1)
+    mixed_up(quantize(model, {**GROUPS, "desc_act": True}, head=KEEP_HEAD))
+    start_from_file(model, tmp_path / "out")
+    assert all(torch.equal(trained.codes, source[key].codes) for key, trained in qat.convert(model).items())
+
+
+# Turned red by groups that are not counted: their scales would be those of others.
+@pytest.mark.parametrize("own", [False, True], ids=["gptqmodel", "qat"])
+def test_groups_of_other_sizes_are_refused(
+    own: bool, make_model: Any, quantize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if own:
+        monkeypatch.setattr(Gptq, "installed", lambda self: False)
+    export(quantize(make_model(num_hidden_layers=1), GROUPS, head=KEEP_HEAD), tmp_path / "out", "gptq")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.g_idx"][0] = 2
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ExportError, match=r"down_proj\.g_idx does not put 32 inputs into each of 3 groups"):
+        list(Gptq().read(tmp_path / "out"))
+
+
+NAMES = ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj", "model.layers.11.mlp.up_proj", "lm_head"]
+DYNAMICS: list[dict[str, dict[str, Any]]] = [
+    {r"+:^model\.layers\.1\.mlp\.up_proj$": {"bits": 8}},
+    {r".*\.1\..*(?:up|gate)_proj": {"bits": 8}, r"-:.*up.*": {}, r"lm_head": {"group_size": 16}},
+    {r"-:.*": {}, r"lm_head": {"bits": 8}},
+    {r"layers": {"bits": 8}, r"model\.layers\.1": {"bits": 2}, r"+:lm": {"bits": 3}},
+    {r"+:model\.layers\.\d{2}\..*": {"bits": 8}, r"^model\.layers\.1\.mlp\.up_proj$": {"bits": 3}, r"+:.*_proj$": {}},
+    {r"a|lm_head|b": {"bits": 8}, r"": {"bits": 3}},
+]
+
+
+def chosen(dynamic: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | bool:
+    try:
+        return _override(name, dynamic)
+    except ExportError as problem:
+        assert "leaves it in float" in str(problem)
+        return False
+
+
+# Turned red by: the last match, a search for the pattern, a full match, a prefix left on the pattern.
+def test_patterns_of_other_programs() -> None:
+    found = [[chosen(dynamic, name) for name in NAMES] for dynamic in DYNAMICS]
+    eight: dict[str, Any] = {"bits": 8}
+    assert found == [
+        [eight, {}, {}, {}],
+        [eight, eight, False, {"group_size": 16}],
+        [False] * 4,
+        [{"bits": 2}] * 3 + [{"bits": 3}],
+        [{"bits": 3}, {}, eight, {}],
+        [{"bits": 3}] * 3 + [eight],
+    ]
+
+
+@pytest.mark.consumer
+def test_patterns_mean_what_they_mean_to_gptqmodel() -> None:
+    with undisturbed():
+        pytest.importorskip("gptqmodel", reason=WHY)
+        from gptqmodel.quantization.config import dynamic_get
+    for dynamic in DYNAMICS:
+        for name in NAMES:
+            assert chosen(dynamic, name) == dynamic_get(dynamic, name, default={}), (dynamic, name)
+
+
+def test_patterns_that_are_refused() -> None:
+    for pattern, words in {
+        "(": r"config.json has '\(' in its dynamic, which is no regular expression",
+        "a)|(?:b": "no regular expression",
+        "(?!.*up).*": "can be matched safely",
+        r"(.)\1": "can be matched safely",
+        "((a{1000}){1000}){1000}": "can be matched safely",
+        "a" * 5000: "a pattern of 5000 letters",
+    }.items():
+        with pytest.raises(ExportError, match=words) as problem:
+            _override("model.layers.0.mlp.up_proj", {f"+:{pattern}": {}})
+        assert "\n" not in str(problem.value) and len(str(problem.value)) < 300
+    start = time.perf_counter()
+    # exponential for a matcher that goes back
+    assert _override("a" * 60 + "b", {"(a+)+$": {"bits": 8}, "(a|a)" * 200 + "x": {"bits": 8}}) == {}
+    assert time.perf_counter() - start < 5
 
 
 def test_generation_config_is_kept(make_model: Any, quantize: Any, tmp_path: Path) -> None:
@@ -339,7 +463,7 @@ def test_our_own_unpacking_reads_the_same(
     make_model: Any, quantize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number, name in enumerate(sorted(GRIDS)):
-        bundle = quantize(make_model(num_hidden_layers=1, dtype=torch.float16), GRIDS[name], head=KEEP_HEAD)
+        bundle = mixed_up(quantize(make_model(num_hidden_layers=1, dtype=torch.float16), GRIDS[name], head=KEEP_HEAD))
         with monkeypatch.context() as patch:
             patch.setattr(Gptq, "installed", lambda self: False)
             export(bundle, tmp_path / str(number), "gptq")
@@ -389,6 +513,22 @@ def test_golden_layer() -> None:
     weight = QTensor(codes.to(torch.int8) - 2, scale, None, None, signed, Layout((2, 16)), torch.float32)
     packed = Gptq().pack("x.weight", weight)
     assert packed["qweight"].tolist() == [[word, word]] and packed["qzeros"].tolist() == [[0b1010], [0b1010]]
+
+
+# Inputs 0, 2, 4 .. are group 0; what the file holds of an input stays where the input is.
+def test_golden_layer_with_groups_in_another_order() -> None:
+    codes = torch.arange(32, dtype=torch.uint8).reshape(2, 16) % 4
+    order = torch.cat([torch.arange(0, 16, 2), torch.arange(1, 16, 2)])
+    spec = QuantSpec(2, False, False, "group", 8, "int", quantizer="mse", desc_act=True)
+    scale, zero = torch.tensor([[0.5, 1.0], [2.0, 4.0]]), torch.zeros(2, 2, dtype=torch.int16)
+    weight = QTensor(codes[:, order], scale, zero, None, spec, Layout((2, 16), order=order), torch.float32)
+    packed = Gptq().pack("x.weight", weight)
+    word = sum((i % 4) << (2 * i) for i in range(16)) - (1 << 32)
+    assert packed["qweight"].tolist() == [[word, word]] and packed["g_idx"].tolist() == [0, 1] * 8
+    back = Gptq().unpack(packed, spec, Layout((2, 16)), torch.float32)
+    assert torch.equal(back.codes, weight.codes) and torch.equal(back.layout.order, order)
+    wanted = codes.float() * scale.repeat(1, 8)
+    assert torch.equal(back.dequantize(), wanted) and torch.equal(weight.dequantize(), wanted)
 
 
 # A code of 3 bits lies across two words: 10 codes and 2 bits, then 1 bit, 10 codes and 1 bit, then 2 bits and 10 codes.

@@ -117,6 +117,12 @@ CONFIGS: list[dict[str, Any]] = [
     *({"checkpoint_format": value, "version": value} for value in ("gptq_v2", "marlin", 7, [], "gemv", "GEMM")),
     *({"dynamic": value} for value in ([], "x", 3, {"+:^" + LAYER.replace(".", "\\.") + "$": []})),
     *({"dynamic": {"+:^" + LAYER.replace(".", "\\.") + "$": value}} for value in ({"bits": 8}, {"group_size": "x"})),
+    *({"dynamic": {".*down": value}} for value in ({"bits": 8}, {"group_size": 64}, {"bits": 4}, [], None)),
+    *(
+        {"dynamic": {pattern: {}}}
+        for pattern in ("-:.*down", "-:model", "(", "+:[", "*", "x" * 5000, "(?!x)", "\ud800")
+    ),
+    *({"desc_act": value} for value in (True, "x", None)),
     *({"meta": value} for value in ([], 3, {"transposed": 7}, {"transposed": [LAYER]})),
 ]
 SHAPES: list[Callable[[torch.Tensor], torch.Tensor | None]] = [
@@ -157,6 +163,13 @@ def damages(keys: tuple[str, ...]) -> Iterator[tuple[str, Damage]]:
         for value in (-1, 3, 10**6, -(2**31)):
             yield "codes", in_tensor(f"{LAYER}.g_idx", lambda t, value=value: torch.cat([t[:-1], t[:1] * 0 + value]))
         yield "codes", in_tensor(f"{LAYER}.g_idx", lambda t: t.flip(0))
+        # one group larger than another, two inputs that change places, all at random
+        yield "codes", in_tensor(f"{LAYER}.g_idx", lambda t: torch.cat([t[-1:], t[1:]]))
+        yield "codes", in_tensor(f"{LAYER}.g_idx", lambda t: torch.cat([t[-1:], t[1:-1], t[:1]]))
+        yield "codes", in_tensor(f"{LAYER}.g_idx", lambda t: t[torch.randperm(len(t))])
+        yield "codes", in_tensor(f"{LAYER}.g_idx", lambda t: t * 0)
+        for _ in range(12):
+            yield "codes", flipped(f"{LAYER}.g_idx", chance)
 
 
 # Turned red by: shapes not compared with the configuration, a `number` that takes True, `dynamic` taken for a mapping,
