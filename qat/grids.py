@@ -62,7 +62,7 @@ class Grid:
 
     @property
     def direct(self) -> bool:
-        """Whether `rounded` is there: numbers are rounded in fewer passes than codes are made and decoded."""
+        """Whether numbers can be rounded in fewer passes than codes are made and decoded: `IntGrid.rounded`."""
         return False
 
     @property
@@ -101,19 +101,6 @@ class Grid:
         """`decode(encode(w))` fp32 with gradients; identity: the weight's is passed on everywhere. NaN stays NaN."""
         raise NotImplementedError
 
-    def rounded(
-        self,
-        w: Tensor,
-        scale: Tensor,
-        zero: Field,
-        minimum: Field,
-        dtype: torch.dtype = torch.float32,
-        again: bool = False,
-    ) -> Tensor:
-        """`decode(encode(w))` in `dtype` without the codes and without gradients, of grids that are `direct`; a NaN
-        stays NaN. again: see `fake_quant_kernels.affine.decode`."""
-        raise NotImplementedError
-
     def vjp(
         self,
         grad: Tensor,
@@ -127,20 +114,6 @@ class Grid:
     ) -> Gradients:
         """Gradients of w (in the dtype of grad), scale, zero and minimum where needed; spend: grad may be
         overwritten."""
-        raise NotImplementedError
-
-    def vjp_rounded(
-        self,
-        grad: Tensor,
-        w: Tensor,
-        scale: Tensor,
-        zero: Field,
-        minimum: Field,
-        needs: tuple[bool, bool, bool, bool],
-        dtype: torch.dtype,
-    ) -> tuple[Gradients, Tensor] | None:
-        """(`vjp` of a gradient that nobody else holds, `rounded`) in one pass over w, of grids that are `direct`; None
-        where there is no such pass."""
         raise NotImplementedError
 
 
@@ -240,14 +213,10 @@ class IntGrid(Grid):
         return affine.vjp(grad, w, scale, zero, minimum, self.qmin, self.qmax, identity, *needs, spend)
 
     def rounded(
-        self,
-        w: Tensor,
-        scale: Tensor,
-        zero: Field,
-        minimum: Field,
-        dtype: torch.dtype = torch.float32,
-        again: bool = False,
+        self, w: Tensor, scale: Tensor, zero: Field, minimum: Field, dtype: torch.dtype, again: bool = False
     ) -> Tensor:
+        """`decode(encode(w))` in `dtype` without the codes and without gradients, where `direct`; a NaN stays NaN.
+        again: see `fake_quant_kernels.affine.decode`."""
         return affine.rounded(w, scale, zero, minimum, self.qmin, self.qmax, dtype, again)
 
     def vjp_rounded(
@@ -260,6 +229,8 @@ class IntGrid(Grid):
         needs: tuple[bool, bool, bool, bool],
         dtype: torch.dtype,
     ) -> tuple[Gradients, Tensor] | None:
+        """(`vjp` of a gradient that nobody else holds, `rounded`) in one pass over w, where `direct`; None: there is no
+        such pass here."""
         if not affine.spent(grad):
             return None
         hat = w.new_empty(w.shape, dtype=dtype)

@@ -276,7 +276,7 @@ class Quantizer(nn.Module):
         """The numbers [R, K] in `dtype` that the codes of `quantize` stand for; a NaN in w stays where it is. `fields`
         are used where given. again: see `fake_quant_kernels.affine.decode`."""
         scale, zero, minimum = self._under(spec, lambda: self.fields(w_RK)) if fields is None else fields
-        return spec.grid.rounded(w_RK, scale, zero, minimum, dtype, again)
+        return spec.int_grid.rounded(w_RK, scale, zero, minimum, dtype, again)
 
     @final
     @torch.no_grad()
