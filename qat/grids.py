@@ -49,6 +49,7 @@ from qat.scales import straight_through
 # field of a group or None: scale, zero point, minimum, as arguments of a grid's operations
 Field = Tensor | None
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Needs = tuple[bool, bool, bool, bool]
 
 
 class Grid:
@@ -60,10 +61,8 @@ class Grid:
     # dtype of codes in a QTensor
     code_dtype: torch.dtype = torch.uint8
 
-    @property
-    def direct(self) -> bool:
-        """Whether numbers can be rounded in fewer passes than codes are made and decoded: `IntGrid.rounded`."""
-        return False
+    # numbers can be rounded in fewer passes than codes are made and decoded: `IntGrid.rounded`
+    direct: bool = False
 
     @property
     def reach(self) -> float:
@@ -109,7 +108,7 @@ class Grid:
         zero: Field,
         minimum: Field,
         identity: bool,
-        needs: tuple[bool, bool, bool, bool],
+        needs: Needs,
         spend: bool = False,
     ) -> Gradients:
         """Gradients of w (in the dtype of grad), scale, zero and minimum where needed; spend: grad may be
@@ -150,7 +149,7 @@ class IntGrid(Grid):
         return torch.int8 if self.signed else torch.uint8
 
     @property
-    def direct(self) -> bool:
+    def direct(self) -> bool:  # type: ignore[override]
         return not self.half
 
     @property
@@ -207,7 +206,7 @@ class IntGrid(Grid):
         zero: Field,
         minimum: Field,
         identity: bool,
-        needs: tuple[bool, bool, bool, bool],
+        needs: Needs,
         spend: bool = False,
     ) -> Gradients:
         return affine.vjp(grad, w, scale, zero, minimum, self.qmin, self.qmax, identity, *needs, spend)
@@ -220,21 +219,14 @@ class IntGrid(Grid):
         return affine.rounded(w, scale, zero, minimum, self.qmin, self.qmax, dtype, again)
 
     def vjp_rounded(
-        self,
-        grad: Tensor,
-        w: Tensor,
-        scale: Tensor,
-        zero: Field,
-        minimum: Field,
-        needs: tuple[bool, bool, bool, bool],
-        dtype: torch.dtype,
+        self, grad: Tensor, w: Tensor, fields: tuple[Tensor, Field, Field], needs: Needs, dtype: torch.dtype
     ) -> tuple[Gradients, Tensor] | None:
         """(`vjp` of a gradient that nobody else holds, `rounded`) in one pass over w, where `direct`; None: there is no
         such pass here."""
         if not affine.spent(grad):
             return None
         hat = w.new_empty(w.shape, dtype=dtype)
-        return affine.vjp(grad, w, scale, zero, minimum, self.qmin, self.qmax, False, *needs, True, hat), hat
+        return affine.vjp(grad, w, *fields, self.qmin, self.qmax, False, *needs, True, hat), hat
 
 
 class ScaledGrid(Grid):
@@ -285,7 +277,7 @@ class ScaledGrid(Grid):
         zero: Field,
         minimum: Field,
         identity: bool,
-        needs: tuple[bool, bool, bool, bool],
+        needs: Needs,
         spend: bool = False,
     ) -> Gradients:
         need_w, need_scale, *_ = needs

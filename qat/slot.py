@@ -128,7 +128,7 @@ class Slot:
             return None
         w_RK, fields = self.rows(t.detach()), self._given(quantized)  # type: ignore[union-attr]
         assert fields is not None
-        found = self.spec.int_grid.vjp_rounded(self.rows(grad), w_RK, *fields, tuple(needs), dtype)  # type: ignore[arg-type]
+        found = self.spec.int_grid.vjp_rounded(self.rows(grad), w_RK, fields, tuple(needs), dtype)  # type: ignore[arg-type]
         if found is None:
             return None
         (dt, *dfields), hat = found
