@@ -50,10 +50,14 @@ def _fake_quantize(
 ) -> Tensor:
     """w [R, K] -> decode(encode(w)) [R, K] in `dtype`, except that a NaN stays NaN; fp32 arithmetic (fp64 if w is).
 
-    again: changes nothing, as in `affine_decode`.
+    again: changes nothing, as in `affine_decode`; it tells apart only what a compiler does not see into.
     """
     out = _fake_quantize_fake(w, scale, zero, minimum, lo, hi, dtype, again)
     wide = torch.promote_types(w.dtype, torch.float32)
+    if torch.compiler.is_compiling():
+        value = torch.round(clamped(scaled(w, scale, minimum), zero, lo, hi)) * scale.unsqueeze(-1)
+        value = value if minimum is None else value + minimum.unsqueeze(-1)
+        return value.reshape(w.shape).to(dtype)
     for rows, (buffer,) in chunks(w, 1):
         s, z, m = part(scale, rows), part(zero, rows), part(minimum, rows)
         here = out[rows]
@@ -220,20 +224,7 @@ def rounded(
 ) -> Tensor:
     """`decode(encode(w))` in `dtype` without the codes; again: as in `decode`. NaN stays NaN. No gradients."""
     with torch.no_grad():
-        graph = torch.compiler.is_compiling() and not uses_triton(w.device)
-        op = torch.ops.qat.affine_rounded if graph else affine_fake
-        return op(w, scale, zero, minimum, lo, hi, dtype, again)  # type: ignore[no-any-return]
-
-
-# What graphs call that are not for Triton: of a reference that it sees into, a compiler would save the numbers of the
-# forward, as large as w. As in `rowwise4`, not `torch.library.custom_op`, whose wrapper costs too much.
-_library = torch.library.Library("qat", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "affine_rounded(Tensor w, Tensor scale, Tensor? zero, Tensor? minimum, int lo, int hi, ScalarType dtype, "
-    "bool again) -> Tensor"
-)
-_library.impl("affine_rounded", _fake_quantize, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("qat::affine_rounded", _fake_quantize_fake, lib=_library)
+        return affine_fake(w, scale, zero, minimum, lo, hi, dtype, again)  # type: ignore[no-any-return]
 
 
 def vjp(

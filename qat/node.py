@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.fake_quant_kernels.dispatch import uses_triton
 from qat.fake_quant_kernels.fp8_linear import fp8_linear
 from qat.fake_quant_kernels.int8_gradients import int8_dgrad, int8_wgrad
 from qat.fake_quant_kernels.int8_linear import int8_linear
@@ -144,6 +145,8 @@ class QuantizedLayer(torch.autograd.Function):
         inputs, weights, x_quantized, quantized, factors = _parts(call, tensors)
         needs_in, needs_w, needs_x, needs_q, needs_f = _parts(call, ctx.needs_input_grad[3:])
         made_of = _made_of(weights, factors)
+        if torch.compiler.is_compiling() and not uses_triton(grad.device):
+            made_of = [_after(grad, w) if s and s.direct else w for s, w in zip(call.weights, made_of, strict=True)]
         with inside(), no_autocast(grad.device.type):
             slots = (call.x, *call.weights)
             # of what is quantized: x, and each weight or the sum that stands for it
@@ -230,6 +233,13 @@ def _gradients(
     with replayed(call.random):
         w_hats = [call.w_hat(i, w, quantized[i], blend, True) for i, w in enumerate(weights)]
         return call.op.backward(call.layer, grad, (x_hat(), *others), w_hats, wanted)
+
+
+def _after(grad: Tensor, w: Latents) -> Latents:
+    """w, for a compiler something that comes after grad: what is made of it is made in backward, and not saved for it.
+    An operator that it does not see into is told `again`."""
+    first = grad.reshape(-1)[:1].sum()
+    return w + (first != first).to(w.dtype) * 0.0  # type: ignore[union-attr, operator]
 
 
 def _parts(call: Call, of: Sequence[Any]) -> tuple[Any, Any, Any, list[Any], list[Any]]:
