@@ -265,17 +265,18 @@ def _refuse_unreachable(
         return (kept[i] + sum(end(stored[i] for stored in unit.stored.values()) for unit in units)) / counted[i]
 
     least, most = ([reached(i, end) for i in range(len(formats))] for end in (min, max))
-    name, low = max(zip((fmt.name for fmt in formats), least, strict=True), key=lambda pair: pair[1])
+    names = [fmt.name for fmt in formats]
+    (low, name), (high, widest) = (max(zip(ends, names, strict=True)) for ends in (least, most))
     # not `bits < low`: NaN is too few as well
     if not bits >= low:
         raise QATError(
             f"{bits:g} bits per weight are too few: {name} stores at least {math.ceil(low * 1000) / 1000:g} for this "
             "model, scales included; ask for more, or allow fewer bits or larger groups"
         )
-    if bits > max(most):
+    if bits > high:
         raise QATError(
-            f"{bits:g} bits per weight are too many: {formats[0].name} stores at most {max(most):.3f} for this model; "
-            "ask for less, or allow more bits"
+            f"{bits:g} bits per weight are too many: {widest} stores at most {math.floor(high * 1000) / 1000:g} for "
+            "this model; ask for less, or allow more bits"
         )
 
 

@@ -110,7 +110,6 @@ def test_scales_learn_and_settle(recipe: Any) -> None:
         qat.after_optimizer_step(model, optimizer)
         scales.append((attention.key_quantizer.kept().scale.item(), attention.value_quantizer.kept().scale.item()))
     assert len(set(scales[:6])) == 6 and len(set(scales[6:])) == 1
-    assert model.model.layers[1].self_attn.k_proj.weight.grad is None
 
 
 def test_the_gradient_of_keys_and_values_stops_where_the_grid_clips(recipe: Any) -> None:
