@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.adapters import Adapters
 from qat.convert import Bundle, convert
 from qat.distill import LOSSES, output_of, shifts, token_mask
 from qat.errors import QATError, refuse_if
@@ -153,6 +154,8 @@ def _reasons(model: nn.Module, recipe: Recipe, batches: list[Any], rules: Sequen
     found = [] if loss in LOSSES else [f"loss={loss!r} is unknown; use one of {', '.join(LOSSES)}"]
     if is_prepared(model):
         found.append("the model is prepared already, and float weights are looked at; call it before qat.prepare")
+    if Adapters(model).of:
+        found.append("the model has adapters of peft; give the model that they are put on, and put them on afterwards")
     if not recipe.export.targets:
         found.append(
             "export.targets is empty, and what is stored for a weight depends on the format; name one, like "
@@ -204,13 +207,10 @@ def _units(
     for layer, names in weights.items():
 
         def stored(slot: Slot | None, names: list[str] = names) -> list[float]:
-            found = []
-            for fmt, own in zip(formats, counts, strict=True):
-                mine = [
-                    (spec_of(slot) if slot else specs[name], layouts[name], bundle.dtypes(name)[1]) for name in names
-                ]
-                found.append(sum(fmt.stored_bits(*each) for each, name in zip(mine, names, strict=True) if name in own))
-            return found
+            spec = spec_of(slot) if slot else None
+            mine = [(name, (spec or specs[name], layouts[name], bundle.dtypes(name)[1])) for name in names]
+            pairs = zip(formats, counts, strict=True)
+            return [sum(fmt.stored_bits(*each) for name, each in mine if name in own) for fmt, own in pairs]
 
         row = rows[layer]
         assert row.weight_rule is not None
@@ -265,16 +265,18 @@ def _refuse_unreachable(
         return (kept[i] + sum(end(stored[i] for stored in unit.stored.values()) for unit in units)) / counted[i]
 
     least, most = ([reached(i, end) for i in range(len(formats))] for end in (min, max))
-    name, low = max(zip((fmt.name for fmt in formats), least, strict=True), key=lambda pair: pair[1])
-    if bits < low:
+    names = [fmt.name for fmt in formats]
+    (low, name), (high, widest) = (max(zip(ends, names, strict=True)) for ends in (least, most))
+    # not `bits < low`: NaN is too few as well
+    if not bits >= low:
         raise QATError(
             f"{bits:g} bits per weight are too few: {name} stores at least {math.ceil(low * 1000) / 1000:g} for this "
             "model, scales included; ask for more, or allow fewer bits or larger groups"
         )
-    if bits > max(most):
+    if bits > high:
         raise QATError(
-            f"{bits:g} bits per weight are too many: {formats[0].name} stores at most {max(most):.3f} for this model; "
-            "ask for less, or allow more bits"
+            f"{bits:g} bits per weight are too many: {widest} stores at most {math.floor(high * 1000) / 1000:g} for "
+            "this model; ask for less, or allow more bits"
         )
 
 
@@ -334,7 +336,7 @@ def _measure(
 def _weights_alone(recipe: Recipe) -> Recipe:
     """The same grids of weights and nothing else: inputs on a grid are as they are whatever bits the weights have."""
     rules = {
-        name: replace(rule, input=None, output=None, backward=None)
+        name: replace(rule, input=None, output=None, cache=None, backward=None)
         for name, rule in recipe.rules.items()
         if rule.weight is not None or rule.keep_float
     }

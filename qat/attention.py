@@ -118,7 +118,16 @@ class _Held:
         key, value = rounded(layer, quantizers["key"], key), rounded(layer, quantizers["value"], value)
         return (key, value) if self.cache is None else self.cache.update(key, value, *args, **kwargs)
 
+    def get_seq_length(self, *args: Any) -> Any:
+        """Tokens in the cache."""
+        return 0 if self.cache is None else self.cache.get_seq_length(*args)
+
     def __getattr__(self, name: str) -> Any:
+        if self.cache is None:
+            raise AttributeError(
+                f"{self.layer._qat.original.__name__} asks its cache for {name!r} where there is none, so its keys and "
+                "values cannot be quantized; keep it with a rule {match: [its name], keep_float: true}"
+            )
         return getattr(self.cache, name)
 
 

@@ -124,9 +124,9 @@ def plan(
     if folder is None:
         raise QATError("there is no model to plan; give train.model=DIR or --model DIR")
     import qat
-    from qat.hf import empty_model, has_tokenizer, load_tokenizer
+    from qat.hf import empty_model, has_tokenizer, load_tokenizer, trained_dtype
 
-    empty = empty_model(folder, meta=True)
+    empty = empty_model(folder, meta=True).to(trained_dtype(loaded.train.precision))
     if loaded.fold.method == "rotate":
         qat.fold.restructure(empty, loaded.fold.seed, loaded.fold.network)
     found = qat.prepare(empty, loaded, search=False)

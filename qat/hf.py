@@ -89,6 +89,11 @@ def empty_model(folder: str | PathLike[str], *, meta: bool = False, auto: str = 
     return model.eval()  # type: ignore[no-any-return]
 
 
+def trained_dtype(precision: str) -> torch.dtype:
+    """Dtype of the parameters that a run with `train.precision` trains and exports, whatever the folder's is."""
+    return {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
+
+
 def load_model(
     folder: str | PathLike[str], *, auto: str | None = None, dtype: Any = "auto", may_lack: bool = False, **config: Any
 ) -> nn.Module:

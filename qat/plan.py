@@ -57,6 +57,13 @@ class PlanRow:
     def quantized(self) -> bool:
         return any(spec is not None for spec in (self.weight, self.input, self.output, self.cache))
 
+    @property
+    def activations(self) -> str:
+        """Its input, and what else it rounds besides weights."""
+        x = str(self.input or "float") + ("" if self.backward == "float" else f", backward {self.backward}")
+        x += "" if self.output is None else f", output {self.output}"
+        return x + ("" if self.cache is None else f", cache {self.cache}")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -101,10 +108,7 @@ class Plan:
         for row in (*self.rows, *self.float_rows):
             weight = str(row.weight) if row.weight else f"float{f' ({row.note})' if row.note else ''}"
             weight += f", with {row.norm}" if row.norm else ""
-            x = str(row.input or "float") + ("" if row.backward == "float" else f", backward {row.backward}")
-            x += "" if row.output is None else f", output {row.output}"
-            x += "" if row.cache is None else f", cache {row.cache}"
-            cells = (row.name or "(the model)", row.type, row.rule or "-", weight, x)
+            cells = (row.name or "(the model)", row.type, row.rule or "-", weight, row.activations)
             table.add_row(*cells, f"{row.params:,}")
         console = Console(width=160, record=True, file=io.StringIO())
         console.print(table)

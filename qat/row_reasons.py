@@ -20,18 +20,18 @@ NOT_PLAIN = "its weight is no plain parameter (parametrized, weight-normed or la
 
 def row_reasons(row: PlanRow, module: nn.Module, parents: dict[int, nn.Module]) -> list[str]:
     """Empty means it can; `parents`: id of a module -> the module around it."""
-    if row.cache is not None:
-        return attention_reasons(row.cache, module)
     found: list[str] = []
     entry = layer_type(module)
-    assert entry is not None
-    if not row.kinds:
+    if row.cache is None and not row.kinds:
         return [f"{NOT_PLAIN}; make it one, or keep this layer with keep_float: true"]
     if "forward" in module.__dict__:
         found.append(
             "its forward was replaced on the instance (module.forward = ...), which would hide the quantized one; "
             "remove that, or keep this layer with keep_float: true"
         )
+    if row.cache is not None:
+        return [*found, *attention_reasons(row.cache, module)]
+    assert entry is not None
     if row.weight is not None:
         found += quantizer_class(row.weight.quantizer).reasons(row.weight)
         for key, kind in row.kinds.items():

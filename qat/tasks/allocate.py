@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 import qat
 from qat.allocate import Allocation, allocate
 from qat.errors import QATError
+from qat.hf import trained_dtype
 from qat.recipes.schema import Recipe
 from qat.recipes.write import recipe_text
 from qat.report import write_text
@@ -42,10 +43,14 @@ def run(
         raise QATError(f"{batches} batches measure nothing; allowed: 1 or more")
     module, data, tokenizer = build(recipe)
     device = torch.device("cuda" if recipe.train.accelerator in _GPU and torch.cuda.is_available() else "cpu")
+    dtype = trained_dtype(recipe.train.precision)
     module.to(device)
+    # what is no child of the module follows it
+    module.on_fit_start()
 
     def first(count: int) -> list[Any]:
-        return [tree_map(_on(device), batch) for batch in itertools.islice(data.train_dataloader(), count)]
+        kept = next(module.parameters()).dtype
+        return [tree_map(_on(device, kept), batch) for batch in itertools.islice(data.train_dataloader(), count)]
 
     def forward(model: nn.Module, batch: Any) -> Any:
         return module.loss(batch)
@@ -54,6 +59,8 @@ def run(
     qat.fold.apply(
         module, recipe, None if folded in ("none", "rotate") else first(recipe.fold.batches), forward=forward
     )
+    # as the trainer casts it: formats store scales in the model's dtype
+    module.to(dtype)
     given = first(batches)
     found = allocate(
         module,
@@ -75,6 +82,9 @@ def refuse_file(out: Path, overwrite: bool) -> None:
     """Raises QATError if a recipe cannot be written to `out`."""
     if out.suffix not in (".yaml", ".yml"):
         raise QATError(f"--out {out}: a recipe's file ends in .yaml; give it that ending")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise QATError(f"--out {out}: {folder} is a file, not a folder; name another place")
     if out.is_dir():
         raise QATError(f"--out {out} is a folder; name a file in it")
     if out.exists() and not overwrite:
@@ -98,5 +108,10 @@ def loss_of(recipe: Recipe) -> str:
     return "mse" if recipe.train.task == "sentence_embedding" else recipe.distill.loss
 
 
-def _on(device: torch.device) -> Any:
-    return lambda value: value.to(device) if isinstance(value, torch.Tensor) else value
+def _on(device: torch.device, dtype: torch.dtype) -> Any:
+    def moved(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+    return moved

@@ -262,7 +262,7 @@ def save(recipe: Recipe, results: dict[str, Any], curve: Curve, exporter: Any, w
         )
     if watch.plan is not None:
         plan = [
-            [row.name, row.type, str(row.rule), str(row.weight), str(row.input or "float")] for row in watch.plan.rows
+            [row.name, row.type, str(row.rule), str(row.weight or "float"), row.activations] for row in watch.plan.rows
         ]
         columns = ["layer", "type", "rule", "weight", "input"]
         sections.append({"kind": "table", "title": "Plan", "fold": "every layer", "columns": columns, "rows": plan})

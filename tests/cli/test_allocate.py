@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,35 @@ def test_other_families(llama: Path, data: Path, tmp_path: Path, capsys: pytest.
     assert "gguf (target): holds every grid exactly, " in capsys.readouterr().out
 
 
+def test_bits_are_those_of_the_dtype_that_the_run_exports(
+    llama: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scales lie in the model's dtype: 16 or 32 bits for each group, by `train.precision` and not by the folder.
+
+    Mutation: bits counted for fp32, 0.5 more than the file of bf16-true has.
+    """
+    file, out, half = tmp_path / "mixed.yaml", tmp_path / "run", tmp_path / "half"
+    shutil.copytree(llama, half)
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    own = ["rules.linears.weight.group_size=32", "init.method=none", f"train.out={out}"]
+    for precision, folder in (("bf16-true", llama), ("32-true", half)):
+        given = [*settings(folder, data, *own), f"train.precision={precision}", "--bits", "4.8", "--batches", "1"]
+        assert main(["allocate", "w4a16_g128", *given, "--out", str(file), "--overwrite"]) == 0
+        reached = float(capsys.readouterr().out.split("compressed-tensors: ")[1].split()[0])
+        assert 4.7 < reached <= 4.8
+        assert main(["plan", str(file)]) == 0
+        assert f"holds every grid exactly, {reached:.4f} bits per weight" in capsys.readouterr().out
+        assert main(["train", str(file)]) == 0
+        capsys.readouterr()
+        packed = load_file(out / "export" / "model.safetensors")
+        layers = [name.removesuffix("_packed") for name in packed if name.endswith(".weight_packed")]
+        mine = [t for name, t in packed.items() if any(name.startswith(f"{layer}_") for layer in layers)]
+        stored = sum(8 * t.numel() * t.element_size() for t in mine)
+        assert reached == round(stored / sum(int(packed[f"{layer}_shape"].prod()) for layer in layers), 4)
+        shutil.rmtree(out)
+
+
 def test_refusals(refused: Refused, llama: Path, data: Path, tmp_path: Path) -> None:
     """One sentence, nothing written; of all but the last nothing was measured either."""
     given = settings(llama, data)
@@ -100,6 +130,7 @@ def test_refusals(refused: Refused, llama: Path, data: Path, tmp_path: Path) -> 
     allocate(*given, "--batches", "0", says="0 batches measure nothing; allowed: 1 or more")
     allocate(*given, "phases={a: {steps: 1, bits: {linears: 8}}, b: {}}", says="phases.a.bits gives bits to layers")
     allocate(*given, to="new.txt", says="a recipe's file ends in .yaml")
+    allocate(*given, to=there / "new.yaml", says="there.yaml is a file, not a folder; name another place")
     allocate(*given, to=there, says="there.yaml exists; name another file, or --overwrite")
     allocate(f"train.model={llama}", says="train.data is empty")
     allocate(f"train.data=[{data}]", says="train.model is not set")

@@ -236,12 +236,24 @@ def test_what_is_refused_before_anything_is_measured(trained: tuple[nn.Module, T
     refused(recipe_of(), 4.0, "there is no batch to measure losses on", [])
     refused(recipe_of(), 4.0, "loss='ce' is unknown; use one of kl, ", loss="ce")
     refused(recipe_of(), 2.0, "2 bits per weight are too few: exl2 stores at least 2.5")
+    refused(recipe_of(), math.nan, "nan bits per weight are too few")
     refused(recipe_of(), 9.0, "9 bits per weight are too many: exl2 stores at most 8.5")
     refused(recipe_of(export={"targets": []}), 4.0, "export.targets is empty")
     refused(recipe_of(), 4.0, "no layer can have 7 bits .*exl2 has 2, 3, 4, 5, 6, 8", choices=[4, 7])
     weight = {"bits": 8, "granularity": "channel", "quantizer": "mse"}
     rules = {"linears": {"types": ["Linear"], "weight": weight}, "head": {"match": ["lm_head"], "keep_float": True}}
     refused(from_dict({"rules": rules, "export": {"targets": ["bitsandbytes"]}}), 8.3, "no layer whose bits could vary")
+
+
+def test_adapters_come_after_the_choice() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    adapted: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(qat.QATError, match=r"has adapters of peft; give the model that they are put on"):
+        qat.allocate(adapted, recipe_of(), [torch.zeros(1, 4, dtype=torch.long)], 4.0)
 
 
 def test_a_model_without_a_config_and_a_loss_of_its_own() -> None:

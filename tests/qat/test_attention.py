@@ -110,7 +110,6 @@ def test_scales_learn_and_settle(recipe: Any) -> None:
         qat.after_optimizer_step(model, optimizer)
         scales.append((attention.key_quantizer.kept().scale.item(), attention.value_quantizer.kept().scale.item()))
     assert len(set(scales[:6])) == 6 and len(set(scales[6:])) == 1
-    assert model.model.layers[1].self_attn.k_proj.weight.grad is None
 
 
 def test_the_gradient_of_keys_and_values_stops_where_the_grid_clips(recipe: Any) -> None:
@@ -250,6 +249,11 @@ class BareAttention(Bare):
     pass
 
 
+class OddAttention(Bare):
+    def forward(self, x: torch.Tensor, past_key_values: Any = None) -> torch.Tensor:
+        return x if past_key_values is None else past_key_values.get_linear_cache(0)  # type: ignore[no-any-return]
+
+
 def test_what_cannot_be_is_refused(recipe: Any) -> None:
     own = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
     with pytest.raises(qat.QATError, match=r"rules\.cache\.cache matches no attention: .*here: MultiheadAttention"):
@@ -275,6 +279,38 @@ def test_what_cannot_be_is_refused(recipe: Any) -> None:
     with pytest.raises(qat.QATError, match=r"BareAttention gave no keys and values to `past_key_values.update`"):
         bare(torch.randn(2, 8))
     assert original_class(bare[0]) is BareAttention
+    odd = nn.Sequential(OddAttention())
+    qat.prepare(odd, recipe(rules=rules(STATIC)))
+    with pytest.raises(AttributeError, match=r"OddAttention asks its cache for 'get_linear_cache' where there is none"):
+        odd(torch.randn(2, 8))
+
+
+def test_a_forward_replaced_on_the_instance_is_refused(recipe: Any) -> None:
+    """As hooks of accelerate do it: keys and values would stay in float without a word."""
+    model = make()
+    attention = model.model.layers[1].self_attn
+    attention.forward = attention.forward
+    with pytest.raises(qat.QATError, match=r"layers\.1\.self_attn .*forward was replaced on the instance"):
+        qat.prepare(model, recipe(rules=rules(TOKEN)))
+
+
+@pytest.mark.parametrize("kind", ["Llama4Text", "Mpt"])
+def test_attention_that_asks_how_long_the_cache_is(recipe: Any, kind: str) -> None:
+    """Also where there is none, in training; before their start step caches change nothing."""
+    sizes: dict[str, Any] = {"num_local_experts": 2, "no_rope_layers": [1, 0], "intermediate_size_mlp": 64}
+    if kind == "Mpt":
+        config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=64, max_seq_len=32)
+        torch.manual_seed(0)
+        model: Any = transformers.MptForCausalLM(config).eval()
+    else:
+        model = make(kind, **sizes)
+    plain = copy.deepcopy(model)
+    qat.prepare(model, recipe(rules=rules(STATIC), phases={"wait": {"steps": 1, "quantize": False}, "qat": {}}))
+    assert torch.equal(model(IDS, use_cache=False).logits, plain(IDS, use_cache=False).logits)
+    seen(model, 2)
+    with torch.no_grad():
+        whole = model(IDS, use_cache=False).logits
+    assert not torch.equal(whole, plain(IDS, use_cache=False).logits)
 
 
 def test_inits_look_at_the_same_model(recipe: Any) -> None:
