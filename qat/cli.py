@@ -327,9 +327,8 @@ def _targets(found: Bundle, tokenizer: Any, recipe: Recipe) -> None:
         reasons = get_format(name).check(found, tokenizer)
         wanted = name in recipe.export.targets
         line = f"{name}{' (target)' if wanted else ''}: {'; '.join(reasons) or 'holds every grid exactly'}"
-        print(
-            line if reasons or not wanted else f"{line}, {get_format(name).bits_per_weight(found):.4f} bits per weight"
-        )
+        bits = get_format(name).bits_per_weight(found) if wanted and not reasons else 0.0
+        print(f"{line}, {bits:.4f} bits per weight" if bits else line)
         if reasons and wanted:
             refused.append(f"{name} cannot hold this recipe: {'; '.join(reasons)}")
     if refused:

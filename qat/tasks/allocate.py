@@ -41,8 +41,14 @@ def run(
     refuse_file(out, overwrite)
     if batches < 1:
         raise QATError(f"{batches} batches measure nothing; allowed: 1 or more")
+    # before model and data are loaded
+    from scipy.optimize import milp  # noqa: F401
+
+    cuda = recipe.train.accelerator in _GPU and torch.cuda.is_available()
+    if recipe.train.accelerator in ("gpu", "cuda") and not cuda:
+        raise QATError(f"train.accelerator={recipe.train.accelerator}: torch finds no CUDA here; use auto or cpu")
     module, data, tokenizer = build(recipe)
-    device = torch.device("cuda" if recipe.train.accelerator in _GPU and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if cuda else "cpu")
     dtype = trained_dtype(recipe.train.precision)
     module.to(device)
     # what is no child of the module follows it

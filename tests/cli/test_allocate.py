@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from cli_tiny import make_llama, make_tokenizer
 from safetensors.torch import load_file
 
@@ -132,6 +133,8 @@ def test_refusals(refused: Refused, llama: Path, data: Path, tmp_path: Path) -> 
     allocate(*given, to="new.txt", says="a recipe's file ends in .yaml")
     allocate(*given, to=there / "new.yaml", says="there.yaml is a file, not a folder; name another place")
     allocate(*given, to=there, says="there.yaml exists; name another file, or --overwrite")
+    if not torch.cuda.is_available():
+        allocate(*given, "train.accelerator=gpu", says="train.accelerator=gpu: torch finds no CUDA here; use auto")
     allocate(f"train.model={llama}", says="train.data is empty")
     allocate(f"train.data=[{data}]", says="train.model is not set")
     tables = ("allocate", "w4_nf4_bnb", *given, "--bits", "4", "--out", "new.yaml")
