@@ -175,10 +175,12 @@ def _rule(rule: Rule, path: str) -> list[str]:
                 f"{path}.weight.desc_act: true is not allowed with granularity={rule.weight.granularity}, quantizer="
                 f"{rule.weight.quantizer}; allowed: false, or granularity=group and quantizer=mse or lsq, which keep it"
             )
-    for key in ("input", "output"):
+    for key in ("input", "output", "cache"):
         slot = getattr(rule, key)
         if slot is not None and slot.desc_act:
             found.append(f"{path}.{key}.desc_act: true is not allowed, it is about weights; allowed: false")
+    if rule.cache is not None and rule.types == ["Attention"] and len(_slots(rule)) > 1:
+        found.append(f"{path}.types: [Attention] has no weight, input or output; give {path}.cache a rule of its own")
     if rule.output is not None:
         found += _slot(rule.output, f"{path}.output", ("token", "group"), OUTPUT_QUANTIZERS)
     for key, slot, quantizers in (("input", rule.input, INPUT_QUANTIZERS), ("cache", rule.cache, CACHE_QUANTIZERS)):

@@ -277,6 +277,16 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "range is seen in training",
     ),
     ({"rules.head.cache": {"granularity": "token"}}, "rules.head.keep_float: true is not allowed", "rules.head.cache"),
+    (
+        {"rules.cache": {"types": ["Attention"], "cache": {"granularity": "token"}, "weight": {"bits": 4}}},
+        "rules.cache.types: [Attention] has no weight, input or output",
+        "give rules.cache.cache a rule of its own",
+    ),
+    (
+        {"rules.cache": {"cache": {"granularity": "token", "desc_act": True}}},
+        "rules.cache.cache.desc_act: true is not allowed, it is about weights",
+        "allowed: false",
+    ),
     ({"phases.qat.train": "scale"}, 'phases.qat.train: "scale" is not allowed', "allowed: all, scales"),
     ({"phases.qat.train": "scales"}, 'phases.qat.train: "scales" is not allowed', "allowed: all, or scales in every"),
     ({"phases.wait.train": "scales"}, 'phases.wait.train: "scales" is not allowed', "beside phases that train weights"),
