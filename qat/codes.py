@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,8 +51,9 @@ class CodeCache:
     def __init__(self) -> None:
         self.enabled = True
         self.once = True
-        # backwards since the last change
-        self._backwards = 0
+        # weight -> backwards since the last step, and those that are counted
+        self._backwards: Counter[str] = Counter()
+        self._counted: dict[str, weakref.ref[Tensor]] = {}
         # the weight, its codes and fields, their form
         self.entries: dict[str, tuple[Tensor, Entry, str]] = {}
         self._owners: dict[str, weakref.ref[Tensor]] = {}
@@ -73,21 +75,28 @@ class CodeCache:
         """w is the layer's Parameter, and stays where it is."""
         self._owners[key] = weakref.ref(w)
         factors = () if reparam is None else reparam.factors
-        if key not in self._sources or id(w) not in self._sources[key]:
-            self._count(w)
+        self._count(key, w)
         self._sources[key] = {id(t): weakref.ref(t) for t in (w, *factors, *quantizer.learned())}
 
-    def _count(self, w: Tensor) -> None:
+    def _count(self, key: str, w: Tensor) -> None:
         """Count backwards by those that reach w."""
-        if not (w.requires_grad and w.is_leaf):
+        known = self._counted.get(key)
+        if not (w.requires_grad and w.is_leaf) or (known is not None and known() is w):
             return
-        cache = weakref.ref(self)
+        self._counted[key], cache = weakref.ref(w), weakref.ref(self)
 
         def count(_: Tensor) -> None:
             if (found := cache()) is not None:
-                found._backwards += 1
+                found._backwards[key] += 1
 
         w.register_post_accumulate_grad_hook(count)  # type: ignore[no-untyped-call]
+
+    def settle(self) -> None:
+        """An optimizer stepped: what was counted says what is likely of the next step. Not at any other change, or a
+        forward that is run again between two steps (checkpointing) would save something else."""
+        if self._backwards:
+            self.once = max(self._backwards.values()) == 1
+            self._backwards.clear()
 
     def spared(self, w: Tensor) -> bool:
         """Whether codes would not pay before w changes."""
@@ -106,9 +115,6 @@ class CodeCache:
         return any(i in moved and ref() is not None for refs in self._sources.values() for i, ref in refs.items())
 
     def forget(self) -> None:
-        if self._backwards:
-            self.once = self._backwards == 1
-            self._backwards = 0
         self.entries.clear()
         self._tokens.clear()
 
@@ -154,6 +160,7 @@ def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for cache in _caches:
         if cache.comes_from(moved):
+            cache.settle()
             cache.forget()
 
 

@@ -276,6 +276,8 @@ def after_optimizer_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -
         initialize(model, force=True)
         for quantizer in watching:
             quantizer.restart()
+    for layer in qat_layers(model).values():
+        layer._qat.cache.settle()
     weights_changed(model)
     return now
 
