@@ -76,6 +76,12 @@ class Layout:
         """The layout of a weight is fixed; an activation's is its own shape."""
         return Layout(tuple(w.shape), "tokens") if self.kind == "tokens" else self
 
+    @property
+    def is_permutation(self) -> bool:
+        """Whether `order` has every column once."""
+        count = None if self.order is None else self.order.bincount(minlength=self.order.numel())
+        return count is None or bool((count == 1).all())
+
     def ordered(self, columns: Tensor) -> Tensor:
         """`[..., K]` as the parameter has it -> as the rows do."""
         return columns if self.order is None else columns.index_select(-1, self.order)

@@ -27,3 +27,15 @@ def joined(parts: Tensor) -> Tensor:
     for part in reversed(parts[:-1].unbind(0)):
         total = part.float() + total
     return total
+
+
+def digits(order: Tensor) -> Tensor:
+    """int64 [K] below 2^24 -> fp32 [3, K], its digits to the base of 256: bf16 holds them, and an average of equal
+    ones, however it is computed in fp32, rounds to them (of a larger number it would drift by more than 1/2)."""
+    return torch.stack([(order >> shift) & 255 for shift in (0, 8, 16)]).float()
+
+
+def number(parts: Tensor) -> Tensor:
+    """The inverse of `digits`."""
+    low, middle, high = parts.float().round().long().unbind(0)
+    return low + (middle << 8) + (high << 16)

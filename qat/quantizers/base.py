@@ -27,7 +27,7 @@ from qat.grids import Gradients
 from qat.layout import Layout
 from qat.qtensor import Fields, QTensor
 from qat.quantizers._gradients import Fixed, Ruled
-from qat.quantizers._parts import joined
+from qat.quantizers._parts import number
 from qat.scales import TwoLevel
 from qat.specs import QuantSpec
 
@@ -183,7 +183,7 @@ class Quantizer(nn.Module):
     def layout(self) -> Layout:
         """With the order of columns in which groups are formed, where one is kept (`qat.quantizers.mse.Stored`)."""
         order = self._buffers.get("order")
-        return self._place if order is None else Layout(self._place.shape, self._place.kind, joined(order).long())
+        return self._place if order is None else Layout(self._place.shape, self._place.kind, number(order))
 
     @final
     def fields(self, w_RK: Tensor) -> Fields:
@@ -281,11 +281,14 @@ class Quantizer(nn.Module):
     @final
     @torch.no_grad()
     def integers(self, w: Tensor, out_dtype: torch.dtype | None = None) -> QTensor:
-        """The codes and fields that `forward` used, as a QTensor. Raises QATError where w is not finite."""
+        """The codes and fields that `forward` used, as a QTensor. Raises QATError where w is not finite, or where the
+        order of its inputs (`desc_act`) has come to harm."""
         if not bool(torch.isfinite(w).all()):
             count = int((~torch.isfinite(w)).sum())
             raise QATError(f"{count} of {w.numel()} numbers are not finite and have no code (did the run diverge?)")
         layout = self.layout.of(w)
+        if not layout.is_permutation:
+            raise QATError("the order of its inputs is no permutation (was it averaged in 16 bits, or never loaded?)")
         with torch.autocast(device_type=w.device.type, enabled=False):
             rows = layout.to_rows(w).float()
             spec = self.live_spec

@@ -17,7 +17,7 @@ from qat.fake_quant_kernels import mse_search
 from qat.fake_quant_kernels.fields import amax_of, range_of
 from qat.qtensor import Fields
 from qat.quantizers._least_squares import refined
-from qat.quantizers._parts import joined, split
+from qat.quantizers._parts import digits, joined, split
 from qat.quantizers._ranges import fields_of_range, percentile_range, scales_of_amax
 from qat.quantizers._super_blocks import settled
 from qat.quantizers.base import Quantizer
@@ -168,7 +168,7 @@ class Stored(Quantizer):
         self.register_buffer("start_scale", split(torch.ones(shape), parts))
         self.register_buffer("start_zero", torch.zeros(1, *shape) if self.spec.zero_point == "int" else None)
         self.register_buffer("start_minimum", torch.zeros(parts, *shape) if self.spec.zero_point == "float" else None)
-        self.register_buffer("order", split(torch.arange(columns), 3) if self.spec.desc_act else None)
+        self.register_buffer("order", digits(torch.arange(columns)) if self.spec.desc_act else None)
 
     def reset_parameters(self) -> None:
         """Called on modules that were made on the meta device; `init_from` gives the values their meaning."""
@@ -185,7 +185,7 @@ class Stored(Quantizer):
         stay sorted within it. The fields are still those of the groups before."""
         assert self.order is not None
         groups = order.reshape(self.spec.groups(order.numel()), -1)
-        self.order.copy_(split(groups.sort(1).values.flatten(), 3))
+        self.order.copy_(digits(groups.sort(1).values.flatten()))
 
     @torch.no_grad()
     def init_from(self, w: Tensor, importance: Tensor | None = None) -> None:

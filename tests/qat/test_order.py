@@ -21,9 +21,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 import qat
+from qat.errors import QATError
 from qat.export import all_formats, get_format
 from qat.init.gptq import gptq, within
 from qat.init.imatrix import search_weighted
@@ -136,18 +137,35 @@ def test_layers_without_it_have_nothing_more(recipe: Build) -> None:
     assert not any("order" in key for key in model.state_dict())
 
 
-@pytest.mark.parametrize("average", [get_ema_multi_avg_fn(0.9), get_swa_multi_avg_fn()], ids=["ema", "swa"])
-def test_no_average_and_no_cast_changes_the_order(average: Any, recipe: Build) -> None:
-    """Of more inputs than bf16 counts."""
+AVERAGES: dict[str, dict[str, Any]] = {
+    "ema": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+    "swa": {"multi_avg_fn": get_swa_multi_avg_fn()},
+    # d * a + (1 - d) * b, which is not a where b is a
+    "by products": {"avg_fn": get_ema_avg_fn(0.9)},
+    "by products, slow": {"avg_fn": get_ema_avg_fn(0.9999)},
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_no_average_and_no_cast_changes_the_order(average: str, recipe: Build) -> None:
+    """Of more inputs than bf16 counts. Mutation: the numbers themselves in three parts, as scales are kept."""
     model = nn.Sequential(nn.Linear(1 << 13, 2))
     wanted = torch.randperm(1 << 13, generator=torch.Generator().manual_seed(1)).reshape(-1, G).sort(1).values.flatten()
     qat.prepare(model, recipe(granularity="group", group_size=G, desc_act=True))
     quantizer_of(model[0]).regroup(wanted)
-    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-    for _ in range(5):
+    averaged = AveragedModel(model, use_buffers=True, **AVERAGES[average])
+    for _ in range(300):
         averaged.update_parameters(model)
     for other in (averaged.module, model.to(torch.bfloat16), model.half()):
         assert torch.equal(quantizer_of(other[0]).layout.order, wanted)  # type: ignore[arg-type]
+
+
+def test_a_harmed_order_is_refused(recipe: Build) -> None:
+    model = prepared(recipe)
+    quantizer = quantizer_of(model[0])
+    quantizer.order[0, 1] = quantizer.order[0, 0]  # type: ignore[index]
+    with pytest.raises(QATError, match="the order of its inputs is no permutation"):
+        qat.convert(model)["0.weight"]
 
 
 def inputs() -> Tensor:
