@@ -52,9 +52,9 @@ def _stored(value: Tensor, storage: torch.dtype) -> Tensor:
     return torch.where(value.abs() < normal, torch.round(value * (1.0 / apart)) * apart, rounded)
 
 
-def through_half(value: Tensor) -> Tensor:
-    """fp32 of any sign and shape, within fp16's range -> the nearest numbers of fp16 as fp32; NaN stays NaN."""
-    return _stored(value, torch.float16)
+def through(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 of any sign and shape, within the range of fp16 or bf16 -> its nearest numbers as fp32; NaN stays NaN."""
+    return _stored(value, dtype)
 
 
 def project(scale: Tensor, storage: torch.dtype, smallest: float, largest: float, keep_nan: bool = False) -> Tensor:

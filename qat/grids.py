@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from qat.fake_quant_kernels import affine, codebook, float8
-from qat.fake_quant_kernels.storage import through_half
+from qat.fake_quant_kernels.storage import through
 from qat.scales import straight_through
 
 # field of a group or None: scale, zero point, minimum, as arguments of a grid's operations
@@ -190,13 +190,13 @@ class IntGrid(Grid):
         if self.half and torch.compiler.is_compiling():
             # a cast to fp16 and on would be taken for one cast
             exact = affine.decode(codes, scale, zero, minimum, torch.float32, packed, self.signed, again)
-            return through_half(exact).to(dtype)
+            return through(exact, torch.float16).to(dtype)
         way = torch.float16 if self.half else dtype
         return affine.decode(codes, scale, zero, minimum, way, packed, self.signed, again).to(dtype)
 
     def fake_quantize(self, w: Tensor, scale: Tensor, zero: Field, minimum: Field, identity: bool = False) -> Tensor:
         exact = affine.fake_quantize(w, scale, zero, minimum, self.qmin, self.qmax, identity)
-        return straight_through(exact, through_half(exact.detach())) if self.half else exact
+        return straight_through(exact, through(exact.detach(), torch.float16)) if self.half else exact
 
     def vjp(
         self,

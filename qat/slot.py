@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from qat.fake_quant_kernels import rowwise4
+from qat.fake_quant_kernels.dispatch import uses_triton
 from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
+from qat.fake_quant_kernels.storage import through
 from qat.layout import Layout
 from qat.qtensor import Fields
 from qat.quantizers import Quantizer
@@ -60,6 +62,10 @@ class Slot:
         again: bool = False,
     ) -> Tensor:
         """The fake-quantized tensor in `dtype`; between strengths 0 and 1 on the way there. again: in backward."""
+        lookup = self.layout.kind == "embedding" and dtype.itemsize == 2 and torch.compiler.is_compiling()
+        if lookup and not uses_triton(t.device):  # type: ignore[union-attr]
+            # a compiler that sees into the decode leaves this cast out where what is looked up is cast back at once
+            return through(self.hat(t, quantized, blend, torch.float32, again), dtype).to(dtype)
         if self.form == ROWS:
             codes = quantized[0]
             rows = rowwise4.decode(codes, self.layout.rows_shape, dtype, again)  # type: ignore[arg-type]

@@ -270,3 +270,23 @@ def test_a_graph_saves_codes_and_nothing_made_of_them(
     products = grid == "w8a8" and not int8_linear.idle(torch.device("cpu"), torch.float32)
     assert bool(entries) == ("direct" not in kind or grid in ("nf4", "seq", "fp8") or products)
     assert all(t.numel() < 64 * 96 // 2 for t in others), [(t.shape, t.dtype) for t in others]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slot", [{"bits": 4}, {"bits": 8, "quantizer": "absmax"}, {"bits": 4, "grid": "nf4"}], ids=str)
+def test_a_16_bit_embedding_that_is_cast_back(slot: dict[str, Any], dtype: torch.dtype, recipe: Any) -> None:
+    """As RMSNorm does with it. Inductor drops such a pair of casts, and with it the grid. Mutation: no `through`."""
+
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(64, 64, dtype=dtype)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.table(ids).float() * 1.0  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Lookup()
+    qat.prepare(model, recipe(types=["Embedding"], **slot))
+    expected = qat.convert(model)["table.weight"].dequantize().float()
+    assert torch.equal(torch.compile(model, fullgraph=True)(torch.arange(64)), expected)
