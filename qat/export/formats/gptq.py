@@ -255,6 +255,8 @@ def _matches(pattern: str, layer: str) -> bool:
     what = f"config.json has {pattern[:_SHOWN]!r} in its dynamic"
     if len(pattern) > _LONGEST:
         raise ExportError(f"{what}, a pattern of {len(pattern)} letters; at most {_LONGEST} are read")
+    if "{," in pattern:
+        raise ExportError(f"{what}, with a repetition that has no lower end, which RE2 takes for letters; write {{0,")
     try:
         from pyarrow import array, compute
     except ImportError:

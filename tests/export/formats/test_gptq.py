@@ -435,6 +435,7 @@ def test_patterns_mean_what_they_mean_to_gptqmodel() -> None:
 
 def test_patterns_that_are_refused() -> None:
     for pattern, words in {
+        "layer{,2}": "in its dynamic, with a repetition that has no lower end",
         "(": r"config.json has '\(' in its dynamic, which is no regular expression",
         "a)|(?:b": "no regular expression",
         "(?!.*up).*": "can be matched safely",
