@@ -238,6 +238,10 @@ class Format(ABC):
     def pack(self, name: str, weight: QTensor) -> dict[str, Tensor]:
         """The tensors of the file for parameter `name`."""
 
+    def in_file(self, name: str, weight: QTensor) -> dict[str, Tensor]:
+        """`pack`, with what lies in the model's dtype in that of the weight."""
+        return self.pack(name, weight)
+
     @abstractmethod
     def unpack(self, packed: dict[str, Tensor], spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> QTensor:
         """Our own inverse of `pack`."""
@@ -277,7 +281,7 @@ class Format(ABC):
 
 @functools.lru_cache(maxsize=4096)
 def _packed_bits(fmt: type[Format], spec: QuantSpec, layout: Layout, out_dtype: torch.dtype) -> int:
-    packed = fmt().pack("weight", example(spec, layout, out_dtype))
+    packed = fmt().in_file("weight", example(spec, layout, out_dtype))
     return 8 * sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
 
 

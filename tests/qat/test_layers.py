@@ -295,16 +295,19 @@ def test_other_dtypes(dtype: torch.dtype, recipe: Any) -> None:
     assert torch.equal(qat.convert(model)["layer.weight"].dequantize(), layer.weight_quantizer(layer.weight))
 
 
-@pytest.mark.parametrize("code_cache", [False, True])
+@pytest.mark.parametrize(("code_cache", "once"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("case", ["Linear", "Conv2d", "Embedding", "Conv1D"])
-def test_nothing_as_large_as_the_weight_stays_alive(case: str, code_cache: bool, recipe: Any) -> None:
+def test_nothing_as_large_as_the_weight_stays_alive(case: str, code_cache: bool, once: bool, recipe: Any) -> None:
     """A forward saves its input, the parameters themselves, scales, and at most a byte of codes per weight: those of
-    the cache. Mutations: w_hat, or x where only dx is wanted, saved by the node; `Slot.keep` always true."""
+    the cache, where there are codes. Mutations: w_hat, or x where only dx is wanted, saved by the node; `Slot.keep`
+    always true."""
     make, shape, _ = CASES[case]
     model = Holder(make())
     x = sample(model.layer, shape)
     qat.prepare(model, recipe(), code_cache=code_cache)
     layer: Any = model.layer
+    layer._qat.cache.once = once
+    qat.weights_changed(model)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()} | {x.untyped_storage().data_ptr()}
     kept: list[Tensor] = []
     if x.is_floating_point():
@@ -314,7 +317,7 @@ def test_nothing_as_large_as_the_weight_stays_alive(case: str, code_cache: bool,
     others = [t for t in kept if t.untyped_storage().data_ptr() not in own]
     cached = {t.data_ptr() for _, entry, _ in layer._qat.cache.entries.values() for t in entry if t is not None}
     codes = [t for t in others if t.data_ptr() in cached]
-    assert bool(codes) == bool(cached) == code_cache
+    assert bool(codes) == bool(cached) == (code_cache and (not once or case == "Embedding"))
     scales = layer.weight_quantizer.theta.numel()
     assert sum(t.nbytes for t in codes) <= layer.weight.numel() + 4 * scales
     assert all(t.shape == layer.weight_quantizer.theta.shape for t in others if t.data_ptr() not in cached)

@@ -150,10 +150,9 @@ class Mlx(HfFormat):
 
     # ---- one tensor ----------------------------------------------------------------------------------------------
 
-    def pack(self, name: str, weight: QTensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Local names -> tensors; scales and biases in `dtype` (default: out_dtype). Raises ExportError if it does not
-        hold them exactly."""
-        spec, dtype = weight.spec, dtype or weight.out_dtype
+    def pack(self, name: str, weight: QTensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Local names -> tensors; scales and biases in `dtype`. Raises ExportError if it does not hold them exactly."""
+        spec = weight.spec
         if not self.holds(spec):
             raise ExportError(f"{name}: {spec.scale} scales times codes would be rounded; use scale: portable")
         rows, columns = weight.codes.shape
@@ -223,6 +222,9 @@ class Mlx(HfFormat):
         self, name: str, weight: QTensor, given: tuple[QuantSpec, Fields | None] | None, dtype: torch.dtype
     ) -> dict[str, Tensor]:
         return self.pack(name, weight, dtype)
+
+    def in_file(self, name: str, weight: QTensor) -> dict[str, Tensor]:
+        return self.pack(name, weight, weight.out_dtype)
 
     def quantization_config(self, stream: TensorStream) -> dict[str, Any]:
         """What most layers hold, and by name what the others do."""

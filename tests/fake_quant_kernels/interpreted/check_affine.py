@@ -18,7 +18,8 @@ def test_families(dtype: torch.dtype) -> None:
         for kind in ("none", "int", "float"):
             for name in ("normal", "ties", "magnitudes", "not finite"):
                 w = families((3, columns), dtype, at, columns // max(groups, 1), not_finite=True)[name]
-                out = DTYPES[at % len(DTYPES)]
+                # the interpreter truncates a cast to bf16, a GPU rounds
+                out = (torch.float32, torch.float16)[at % 2]
                 same(affine_fake, w, *fields(w, groups, kind, lo, hi), lo, hi, out, context=f"{name} {columns} {kind}")
 
 
