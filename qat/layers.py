@@ -176,11 +176,10 @@ def activation_quantizers(layer: nn.Module) -> dict[str, Quantizer]:
     return {name: quantizer for name, quantizer in found.items() if isinstance(quantizer, Quantizer)}
 
 
-def rounds_directly(layer: nn.Module, key: str, w: Tensor, dtype: torch.dtype) -> bool:
+def rounds_directly(layer: nn.Module, key: str, quantizer: Quantizer, w: Tensor, dtype: torch.dtype) -> bool:
     """Whether this weight can do without codes: nothing multiplies them, and it is rounded in fewer passes than they
     are made and decoded. dtype: what the layer computes in."""
     live: Live = layer._qat  # type: ignore[assignment]
-    quantizer = weight_quantizers(layer)[key]
     multiplied = live.real and input_quantizer(layer) is not None and not int8_linear.idle(w.device, dtype)
     if multiplied or key in live.reparams or live.backward != "float":
         return False
@@ -231,8 +230,9 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
             quantized: list[Tensor | None] = []
             quantizers = weight_quantizers(layer)
             for key, w in zip(kinds, weights, strict=True):
-                direct = key in quantizers and rounds_directly(layer, key, w, dtype)
-                slot, entry = _weight(live, key, w, quantizers.get(key), direct)
+                quantizer = quantizers.get(key)
+                direct = quantizer is not None and rounds_directly(layer, key, quantizer, w, dtype)
+                slot, entry = _weight(live, key, w, quantizer, direct)
                 slots.append(slot)
                 quantized += entry
         product = _product(op, live.blend, x_slot, x_quantized, slots[0], quantized, dtype) if live.real else ""
@@ -246,7 +246,7 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
         call = Call(layer, op, dtype, x_slot, tuple(slots), len(inputs), product, random, backward)
         y: Tensor = QuantizedLayer.apply(call, live.blend, seeds, *inputs, *weights, *x_quantized, *quantized, *factors)  # type: ignore[no-untyped-call]
         y = _output(layer, y)
-        frozen = [q for q in layer_quantizers(layer) if q.frozen]
+        frozen = [q for q in (*quantizers.values(), *activation_quantizers(layer).values()) if q.frozen]
         return _kept_in_graph(y, frozen) if frozen else y
 
 

@@ -246,9 +246,9 @@ def _parts(call: Call, of: Sequence[Any]) -> tuple[Any, Any, Any, list[Any], lis
     """What there is `of` each of the node's tensors, sorted: (inputs, weights, the input's codes and fields, each
     weight's codes and fields, the factors of each weight's adapter)."""
     n, count = call.inputs, len(call.weights)
-    rest = of[n + count :]
-    each = [rest[_SLOT * i : _SLOT * (i + 1)] for i in range(1 + count)]
-    more = iter(rest[_SLOT * (1 + count) :])
+    ends = range(n + count, n + count + _SLOT * (2 + count), _SLOT)
+    each = [of[at : at + _SLOT] for at in ends[:-1]]
+    more = iter(of[ends[-1] :])
     adapted = [slot is not None and slot.reparam is not None for slot in call.weights]
     factors = [(next(more), next(more)) if has else () for has in adapted]
     return of[:n], of[n : n + count], each[0], each[1:], factors

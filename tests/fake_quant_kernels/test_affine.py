@@ -339,7 +339,7 @@ def test_compiled_equals_eager() -> None:
 @pytest.mark.parametrize("kind", ["none", "int", "float"])
 def test_gradient_and_rounding_in_one_pass(kind: str, dtype: torch.dtype) -> None:
     """As one after the other, every bit; more rows than a chunk. Mutations: `_put_hat` after `terms` became the scale's
-    products; without the minimum."""
+    products; without the minimum; `_around` the outermost codes themselves."""
     g = torch.Generator().manual_seed(0)
     for rows, columns in ((9, 64), (3000, 256)):
         w = torch.randn(rows, columns, generator=g).to(dtype)
@@ -347,6 +347,11 @@ def test_gradient_and_rounding_in_one_pass(kind: str, dtype: torch.dtype) -> Non
         scale = torch.rand(rows, 4, generator=g) * 0.3 + 0.05
         zero = torch.randint(-3, 4, scale.shape, generator=g).float() if kind == "int" else None
         minimum = torch.randn(scale.shape, generator=g) if kind == "float" else None
+        if kind == "none" and dtype == torch.float32:
+            # on the outermost codes and next to them
+            ends = torch.tensor([-8.0, 7.0]).repeat_interleave(3)
+            w[0, :6] = torch.nextafter(ends, ends + torch.tensor([-1.0, 0.0, 1.0]).repeat(2))
+            scale[0, 0] = 1.0
         fields = scale, zero, minimum
         for needs in itertools.product((True, False), repeat=2):
             hat = torch.full((rows, columns), torch.nan, dtype=dtype)
@@ -354,6 +359,11 @@ def test_gradient_and_rounding_in_one_pass(kind: str, dtype: torch.dtype) -> Non
             how = (*fields, -8, 7, False, need_w, need_fields, need_fields, need_fields)
             both = vjp(grad.clone(), w, *how, True, hat)
             alone = vjp(grad.clone(), w, *how, True)
+            if need_w and kind != "int":
+                v = (w.float().view(rows, 4, -1) - (0 if minimum is None else minimum[..., None])) * (1 / scale)[
+                    ..., None
+                ]
+                assert torch.equal(alone[0], grad * ((v >= -8) & (v <= 7)).view(rows, columns))  # type: ignore[arg-type]
             assert torch.equal(hat, rounded(w, *fields, -8, 7, dtype))
             assert torch.equal(hat, decode(encode(w, *fields, -8, 7), *fields, dtype))
             assert all(a is b is None or torch.equal(a, b) for a, b in zip(both, alone, strict=True))
