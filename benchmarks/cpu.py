@@ -1,6 +1,7 @@
 """QAT step over float step on one CPU thread, ours and other libraries' side by side.
 
-    python -m benchmarks.cpu                       everything, about 45 minutes -> benchmarks/results/cpu.json
+    python -m benchmarks.cpu                       everything, about 45 minutes -> benchmarks/results/cpu-avx512.json
+                                                   (or named after what the processor has instead)
     python -m benchmarks.cpu --only 'block fp32'   the cases whose name contains this; nothing is written without --out
     python -m benchmarks.cpu --dry-run             all of the code in tiny sizes; nothing is written without --out
 
@@ -277,10 +278,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not rows:
         print(f"no case contains {options.only!r}", file=sys.stderr)
         return 2
-    out = options.out or (None if options.dry_run or options.only else RESULTS / "cpu.json")
+    units = torch.backends.cpu.get_cpu_capability()
+    out = options.out or (None if options.dry_run or options.only else RESULTS / f"cpu-{units.lower()}.json")
     if out is not None:
         more = {
-            "vector units": torch.backends.cpu.get_cpu_capability(),
+            "vector units": units,
             "optimizer": "SGD",
             "clock": "CPU time of the process",
             "seconds": round(time.monotonic() - began),

@@ -1,6 +1,6 @@
 """Write README's tables and picture from results files, so that every number in README was measured.
 
-    python docs/readme_results.py            benchmarks/results/{demo,cpu,backward,quality,trials,kquants}.json ->
+    python docs/readme_results.py            benchmarks/results/{demo,cpu-*,backward,quality,trials,kquants}.json ->
                                              README.md, docs/results.svg, docs/{cost,quality,experiments}.md and
                                              docs/formats/gguf.md
     python docs/readme_results.py --check    change nothing; exit 1 if a page differs from what would be written
@@ -8,10 +8,11 @@
 A results file holds {"environment": {name: value}, "rows": [{suite, case, tool, metric, value, better}, ...]}; rows may
 have a goal too. The rows of the suite `demo` become a table with a line for each case and tool and a column for each
 metric, in the order in which they come; the picture shows the metric that is drawn (`DRAWN`). Those of the suite `cpu`
-become a table in docs/cost.md: a line for each case, a column for each tool, in each cell the two metrics of `CELL`;
-and one in README, of our tools beside the best of the others. Those of the suite `backward` become a table in
-docs/cost.md, those of `quality` one for each case in docs/quality.md: a line for each tool, a column for each width.
-Those of `trials` become one in docs/experiments.md, those of `kquants` one in docs/formats/gguf.md.
+become tables in docs/cost.md, one for each file: a line for each case, a column for each tool, in each cell the two
+metrics of `CELL`; and the newest one in README, of our tools beside the best of the others. Those of the suite
+`backward` become a table in docs/cost.md, those of `quality` one for each case in docs/quality.md: a line for each
+tool, a column for each width. Those of `trials` become one in docs/experiments.md, those of `kquants` one in
+docs/formats/gguf.md.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ SUITE = "demo"
 DRAWN = "kl"
 FIELDS = {"suite", "case", "tool", "metric", "value", "better"}
 OPTIONAL = {"goal", "seed"}
-SPEED = ROOT / "benchmarks" / "results" / "cpu.json"
+# a pattern: one file for each kind of vector units
+SPEED = ROOT / "benchmarks" / "results" / "cpu-*.json"
 SPEED_START, SPEED_END = "<!-- speed:start -->", "<!-- speed:end -->"
 SPEED_SUITE = "cpu"
 # what a cell of its tables shows: step time over the float step's, and bytes alive after a forward
@@ -125,12 +127,19 @@ def cell(time: float | None, alive: float | None) -> str:
     return "" if time is None or alive is None else f"{time:.2f}, {alive / 2**20:.1f} MiB"
 
 
-def speed_block(results: Path) -> str:
+def speeds(pattern: Path) -> list[tuple[dict[str, Any], list[Row]]]:
+    """Environments and rows of the files that the pattern names, the newest first."""
+    found = [read(path, SPEED_SUITE) for path in sorted(pattern.parent.glob(pattern.name))]
+    return sorted(found, key=lambda each: str(each[0].get("date", "")), reverse=True)
+
+
+def speed_block(pattern: Path) -> str:
     """What stands between the second pair of markers: each of our tools beside the best figures that others reach in
     its kind, which can be those of two tools."""
-    if not results.is_file():
+    found = speeds(pattern)
+    if not found:
         return NOT_MEASURED
-    environment, rows = read(results, SPEED_SUITE)
+    environment, rows = found[0]
     values = {(row["case"], row["tool"], row["metric"]): row["value"] for row in rows}
     ours = list(dict.fromkeys(row["tool"] for row in rows if row["metric"] in TO_BEST.values()))
     lines = [
@@ -153,11 +162,12 @@ def speed_block(results: Path) -> str:
     return "\n".join([*lines, "", f"{explained} {measured_by(environment)}"])
 
 
-def speed_details(results: Path) -> str:
-    """What stands between the same markers of docs/cost.md: every tool."""
-    if not results.is_file():
-        return NOT_MEASURED
-    environment, rows = read(results, SPEED_SUITE)
+def speed_details(pattern: Path) -> str:
+    """What stands between the same markers of docs/cost.md: every file and tool."""
+    return "\n\n".join(speed_table(*each) for each in speeds(pattern)) or NOT_MEASURED
+
+
+def speed_table(environment: dict[str, Any], rows: list[Row]) -> str:
     values = {(row["case"], row["tool"], row["metric"]): row["value"] for row in rows}
     tools = list(dict.fromkeys(row["tool"] for row in rows if row["metric"] == CELL[0]))
     lines = ["| case | " + " | ".join(tools) + " |", "|---|" + "---:|" * len(tools)]

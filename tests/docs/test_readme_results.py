@@ -32,7 +32,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(generator, "README", tmp_path / "README.md")
     monkeypatch.setattr(generator, "RESULTS", tmp_path / "demo.json")
     monkeypatch.setattr(generator, "PICTURE", tmp_path / "results.svg")
-    monkeypatch.setattr(generator, "SPEED", tmp_path / "cpu.json")
+    monkeypatch.setattr(generator, "SPEED", tmp_path / "cpu-*.json")
     monkeypatch.setattr(generator, "COST", tmp_path / "cost.md")
     monkeypatch.setattr(generator, "BACKWARD", tmp_path / "backward.json")
     monkeypatch.setattr(generator, "QUALITY_PAGE", tmp_path / "quality.md")
@@ -110,12 +110,16 @@ def test_writes_the_second_table(tree: Path) -> None:
     rows = [row("float", "time_ratio", 1.0), row("float", "alive_bytes", 1 << 20), row("other", "missing", "absent")]
     rows += [row("qat", "time_ratio", 1.054), row("qat", "alive_bytes", 3 << 19), row("half", "time_ratio", 2.0)]
     rows += [row("qat", "time_ratio / best peer", 0.5), row("qat", "alive_bytes / best peer", 0.25)]
-    (tree / "cpu.json").write_text(json.dumps({"environment": {"threads": 1}, "rows": rows}))
+    for name, threads, date in (("a", 1, "2026-02"), ("b", 2, "2026-01")):
+        (tree / f"cpu-{name}.json").write_text(
+            json.dumps({"environment": {"threads": threads, "date": date}, "rows": rows})
+        )
     assert generator.main([]) == 0
     readme, cost = ((tree / name).read_text(encoding="utf-8") for name in ("README.md", "cost.md"))
     assert "| case | qat | best other |" in readme and "| block | 1.05, 1.5 MiB | 2.11, 6.0 MiB |" in readme
     assert "| case | float | qat | half |" in cost and "| block | 1.00, 1.0 MiB | 1.05, 1.5 MiB |  |" in cost
-    assert all("with threads 1." in page and "old 8" not in page for page in (readme, cost))
+    assert all("with threads 1, date 2026-02." in page and "old 8" not in page for page in (readme, cost))
+    assert "threads 2" not in readme and cost.index("threads 1") < cost.index("threads 2")
     assert generator.main(["--check"]) == 0
 
 
