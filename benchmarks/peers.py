@@ -68,23 +68,24 @@ def torchao_builder(
     return build
 
 
-def _in_blocks(config: Any, size: int) -> Any:
-    """A configuration of ModelOpt's with the sizes of its blocks changed."""
+def _in_blocks(config: Any, size: int, more: dict[str, Any]) -> Any:
+    """A configuration of ModelOpt's with the sizes of its blocks changed, and more said of what is in blocks."""
     if isinstance(config, dict):
-        return {k: {-1: size} if k == "block_sizes" and v else _in_blocks(v, size) for k, v in config.items()}
-    return [_in_blocks(each, size) for each in config] if isinstance(config, list) else config
+        found = {k: _in_blocks(v, size, more) for k, v in config.items()}
+        return {**found, "block_sizes": {-1: size}, **more} if config.get("block_sizes") else found
+    return [_in_blocks(each, size, more) for each in config] if isinstance(config, list) else config
 
 
-def modelopt_builder(config: str | dict[str, Any], block: int | None = None) -> Builder:
-    """A configuration or the name of one of the library's own, in blocks of this size where given, calibrated on the
-    batch."""
+def modelopt_builder(config: str | dict[str, Any], block: int | None = None, **more: Any) -> Builder:
+    """A configuration or the name of one of the library's own, in blocks of this size (and with `more`) where given,
+    calibrated on the batch."""
 
     def build(model: nn.Module, batch: Any) -> nn.Module:
         with imported("nvidia-modelopt"):
             import modelopt.torch.quantization as mtq
 
             chosen = getattr(mtq, config) if isinstance(config, str) else config
-            chosen = chosen if block is None else _in_blocks(chosen, block)
+            chosen = chosen if block is None else _in_blocks(chosen, block, more)
             quantized: nn.Module = mtq.quantize(model, chosen, lambda m: m(batch))
         return quantized
 
@@ -115,7 +116,12 @@ def brevitas_builder(**settings: str | int) -> Builder:
 PEERS: dict[str, tuple[str, Builder]] = {
     "torchao W4 g32": (FOLLOWING, torchao_builder(None, (torch.int4, 32, True))),
     "torchao W4 g32 learned": (LEARNED, torchao_builder(None, (torch.int4, 32, True), learned_scales=True)),
+    # the gradient goes to every number unless it is told to leave out those that are clipped, as ours does
     "ModelOpt W4 g32": (FIXED, modelopt_builder("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", 32)),
+    "ModelOpt W4 g32 clipped": (
+        FIXED,
+        modelopt_builder("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", 32, pass_through_bwd=False),
+    ),
     "Brevitas W4 row": (FOLLOWING, brevitas_builder(weight_quant="Int8WeightPerChannelFloat", weight_bit_width=4)),
     "torchao 8da4w": (ACTIVATION, torchao_builder((torch.int8, "per_token", False), (torch.int4, 32, True))),
     # symmetric scales per token are refused by torchao 0.18: asymmetric ones are its nearest
