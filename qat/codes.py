@@ -9,7 +9,7 @@ In eager mode codes are computed in the first forward that needs them; for layer
 does it at the end of a step, because compiled code only reads `entries`.
 
 Where one forward and its backward are all that a weight is used for between two steps, a CPU rounds it in both sooner
-than it makes codes (`CodeCache.once`, `qat.layers.rounds_directly`).
+than it makes codes (`CodeCache.once`, `qat.layers.rounds_directly`); in a graph, which rounds in one pass, always.
 
 A weight whose storage comes and goes (FSDP, ZeRO-3) or that is not the layer's own Parameter (`functional_call`) has no
 codes here: its layer quantizes anew in forward and backward, and keeps nothing that is as large as the weight.
@@ -98,9 +98,9 @@ class CodeCache:
             self.once = max(self._backwards.values()) == 1
             self._backwards.clear()
 
-    def spared(self, w: Tensor) -> bool:
-        """Whether codes would not pay before w changes."""
-        return self.once and w.requires_grad and not uses_triton(w.device)
+    def spared(self, w: Tensor, traced: bool = False) -> bool:
+        """Whether codes would not pay before w changes. traced: a graph uses it."""
+        return (self.once or traced) and w.requires_grad and not uses_triton(w.device)
 
     def disown(self, key: str) -> None:
         """No codes of this weight are kept."""

@@ -108,13 +108,13 @@ class Slot:
         if self.quantizer.identity_gradient and not any(needs[1:]):
             return grad.to(like) if needs[0] else None, None, None, None
         assert t is not None and scale is not None
-        through = grad if blend is None else grad * blend.to(grad.dtype)
+        passed = grad if blend is None else grad * blend.to(grad.dtype)
         if self.quantizer.codes_fixed:
             codes, *fields = self.quantized(t, quantized)
-            return None, scale_gradient(self.rows(through), codes, Fields(*fields), self.spec), None, None
+            return None, scale_gradient(self.rows(passed), codes, Fields(*fields), self.spec), None, None
         dt, *dfields = self.quantizer.vjp(
             self.spec,
-            self.rows(through),
+            self.rows(passed),
             self.rows(self.latents(t).detach()),
             Fields(scale, zero, minimum),
             tuple(needs),  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ class Slot:
         )
         if dt is not None:
             dt = self.layout.from_rows(dt)
-            dt = (dt if blend is None else dt + (grad - through)).to(like)
+            dt = (dt if blend is None else dt + (grad - passed)).to(like)
         return dt, *dfields
 
     def pulled(

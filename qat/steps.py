@@ -208,7 +208,8 @@ def refresh_codes(model: nn.Module, at_once: bool) -> None:
                 continue
             budget -= needed
             live.cache.own(key, weight, quantizer, live.reparams.get(key))
-            spared = live.cache.spared(weight) and rounds_directly(layer, key, quantizer, weight, weight.dtype)
+            spared = live.cache.spared(weight, live.traced)
+            spared = spared and rounds_directly(layer, key, quantizer, weight, weight.dtype)
             if live.active and (live.traced or at_once) and not spared:
                 live.cache.quantized(key, weight, quantizer, live.reparams.get(key))
 

@@ -178,6 +178,24 @@ def with_codes(model: nn.Module) -> None:
     refresh_codes(model, at_once=True)
 
 
+def test_graphs_on_a_cpu_go_without_codes_of_integers(recipe: Any) -> None:
+    """However many backwards a step has. Mutation: `CodeCache.spared` without `traced`."""
+    held = []
+    for way in (False, True):
+        model = nn.Sequential(nn.Linear(16, 8))
+        qat.prepare(model, recipe(quantizer="absmax"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if way else model
+        for _ in range(2):
+            for _ in range(2):
+                run(torch.ones(3, 16)).sum().backward()
+            held.append(bool(model[0]._qat.cache.entries))
+            optimizer.step()
+            qat.after_optimizer_step(model)
+        run(torch.ones(3, 16))
+    assert held == [False, True, False, False]
+
+
 class Weights(nn.Module):
     """Gives the fake-quantized weight of every layer: eye @ w_hat^T has no rounding of its own."""
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -143,7 +142,12 @@ class Onnx(Format):
         yield from onnx_reader.read_tensors(folder / FILE)
 
     def reader(self) -> str:
-        return f"onnxruntime {version('onnxruntime')}" if onnx_reader.installed() else "qat"
+        if not onnx_reader.installed():
+            return "qat"
+        # not by the distribution, which has other names (onnxruntime-gpu)
+        import onnxruntime
+
+        return f"onnxruntime {onnxruntime.__version__}"
 
     def versions(self) -> dict[str, str]:
         return versions_of({name: name for name in _PACKAGES})
