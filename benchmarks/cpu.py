@@ -279,7 +279,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no case contains {options.only!r}", file=sys.stderr)
         return 2
     units = torch.backends.cpu.get_cpu_capability()
-    out = options.out or (None if options.dry_run or options.only else RESULTS / f"cpu-{units.lower()}.json")
+    out = options.out or (
+        None if options.dry_run or options.only else RESULTS / f"cpu-{units.lower().replace(' ', '-')}.json"
+    )
     if out is not None:
         more = {
             "vector units": units,

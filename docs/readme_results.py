@@ -56,7 +56,7 @@ NAMES = {"kl": "KL to the float model"}
 TRIALS_PAGE = ROOT / "docs" / "experiments.md"
 TRIALS = ROOT / "benchmarks" / "results" / "trials.json"
 TRIALS_START, TRIALS_END = "<!-- trials:start -->", "<!-- trials:end -->"
-TRIALS_COMMAND = "python -m benchmarks.quality --try"
+TRIALS_COMMAND = "python -m benchmarks.quality --try --quick"
 DEFAULT = "default"
 GGUF_PAGE = ROOT / "docs" / "formats" / "gguf.md"
 KQUANTS = ROOT / "benchmarks" / "results" / "kquants.json"
@@ -129,7 +129,10 @@ def cell(time: float | None, alive: float | None) -> str:
 
 def speeds(pattern: Path) -> list[tuple[dict[str, Any], list[Row]]]:
     """Environments and rows of the files that the pattern names, the newest first."""
-    found = [read(path, SPEED_SUITE) for path in sorted(pattern.parent.glob(pattern.name))]
+    found = []
+    for path in sorted(pattern.parent.glob(pattern.name)):
+        environment, rows = read(path, SPEED_SUITE)
+        found.append(({"vector units": path.stem.partition("-")[2].upper()} | environment, rows))
     return sorted(found, key=lambda each: str(each[0].get("date", "")), reverse=True)
 
 
@@ -164,7 +167,8 @@ def speed_block(pattern: Path) -> str:
 
 def speed_details(pattern: Path) -> str:
     """What stands between the same markers of docs/cost.md: every file and tool."""
-    return "\n\n".join(speed_table(*each) for each in speeds(pattern)) or NOT_MEASURED
+    tables = [f"With {each[0]['vector units']}:\n\n{speed_table(*each)}" for each in speeds(pattern)]
+    return "\n\n".join(tables) or NOT_MEASURED
 
 
 def speed_table(environment: dict[str, Any], rows: list[Row]) -> str:

@@ -7,7 +7,8 @@ With v the argument of the clamp (`affine`), c its result, q = rint(c) and `insi
     lost = sum_group g * (1 - inside)           dz = -s * lost, dm = lost
 
 g, w [R, K] in any float dtype, read as fp32; s, z, m fp32 [R, G] or [1, 1], K % G == 0, and the sums in that shape.
-A kernel's sums are in another order than the reference's: both are within a few ulps of the sum of magnitudes.
+A kernel's sums are in another order than the reference's: both are within a few ulps of the sum of magnitudes. Where dw
+alone is wanted, eager torch on a CPU gives 0 for any g outside, infinite or NaN, and for a NaN in w 0 or g.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ def _walk(
     groups, dtype = scale.shape[1], torch.promote_types(w.dtype, torch.float32)
     casts, straight = grad.dtype != dtype, grad.dtype == dtype and eager_on_cpu(grad)
     masked = straight and need_w and zero is None and not (need_scale or need_lost) and dtype == torch.float32
+    # beside 0 there are only denormals, which may be switched off
+    masked = masked and lo < 0 < hi
     for rows, buffers in chunks(w, 1 if masked else 2 + need_scale + need_lost + casts):
         spare = iter([None if each is None else grouped(each, groups) for each in buffers[1:]])
         value = scaled(w[rows], part(scale, rows), part(minimum, rows), buffers[0])

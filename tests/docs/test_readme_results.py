@@ -118,8 +118,13 @@ def test_writes_the_second_table(tree: Path) -> None:
     readme, cost = ((tree / name).read_text(encoding="utf-8") for name in ("README.md", "cost.md"))
     assert "| case | qat | best other |" in readme and "| block | 1.05, 1.5 MiB | 2.11, 6.0 MiB |" in readme
     assert "| case | float | qat | half |" in cost and "| block | 1.00, 1.0 MiB | 1.05, 1.5 MiB |  |" in cost
-    assert all("with threads 1, date 2026-02." in page and "old 8" not in page for page in (readme, cost))
-    assert "threads 2" not in readme and cost.index("threads 1") < cost.index("threads 2")
+    assert all("threads 1, date 2026-02." in page and "old 8" not in page for page in (readme, cost))
+    assert (
+        "With B:" in cost
+        and "vector units A" in readme
+        and "threads 2" not in readme
+        and cost.index("threads 1") < cost.index("threads 2")
+    )
     assert generator.main(["--check"]) == 0
 
 
