@@ -126,7 +126,7 @@ class Variant:
     """One model in training: `run` is its forward (perhaps compiled), `after` what its tool asks for after a step.
 
     family   "float", or one of `benchmarks.schemes`: it is compared with others of its own
-    times    of its turns, in seconds
+    times    of its turns: seconds of each part (a micro-batch, the optimizer's step)
     """
 
     tool: str
@@ -136,7 +136,7 @@ class Variant:
     optimizer: torch.optim.Optimizer
     after: Callable[[], object] = lambda: None
     quantized_weights: int = 0
-    times: list[float] = field(default_factory=list)
+    times: list[Sequence[float]] = field(default_factory=list)
 
     def micro_batch(self, batch: Any, parts: int) -> Tensor:
         """Forward and backward; the loss."""
@@ -178,7 +178,7 @@ def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[Any], Ten
 
 def take_turns(
     variants: Sequence[Variant],
-    turn: Callable[[Variant], float],
+    turn: Callable[[Variant], Sequence[float]],
     rounds: int,
     enough: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -201,10 +201,21 @@ def take_turns(
             gc.enable()
 
 
+def least(variant: Variant) -> float:
+    """Seconds of a turn of which each part went as fast as it ever did: what disturbs some parts of every turn is not
+    in it."""
+    return sum(map(min, zip(*variant.times, strict=True)))
+
+
+def median(variant: Variant) -> float:
+    """Seconds of a turn."""
+    return statistics.median(map(sum, variant.times))
+
+
 def ratios(variants: Sequence[Variant]) -> dict[str, tuple[float, float]]:
-    """Tool -> (minimum, median) of its times over those of `float`."""
-    base = next(variant for variant in variants if variant.tool == FLOAT).times
-    return {v.tool: (min(v.times) / min(base), statistics.median(v.times) / statistics.median(base)) for v in variants}
+    """Tool -> (`least`, `median`) over those of `float`."""
+    base = next(variant for variant in variants if variant.tool == FLOAT)
+    return {v.tool: (least(v) / least(base), median(v) / median(base)) for v in variants}
 
 
 def against_peers(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import AGAIN, FLOAT, Missing, Variant, against_peers, compiled, ratios, take_turns
+from benchmarks.common import AGAIN, FLOAT, Missing, Variant, against_peers, compiled, median, ratios, take_turns
 from benchmarks.device import SUITE, Bench
 from benchmarks.models import PlainLlama, linears
 from benchmarks.peers import COMPILED, PEERS
@@ -130,12 +129,12 @@ class Blocks:
         rounds = bench.sizes.rounds[accumulation > 1]
         take_turns(
             taking_part,
-            lambda variant: bench.seconds(lambda: variant.step(batch, accumulation)),
+            lambda variant: [bench.seconds(lambda: variant.step(batch, accumulation))],
             rounds,
             lambda: bench.late,
         )
         first = len(bench.rows)
-        bench.add(case, FLOAT, "seconds", statistics.median(self.variants[FLOAT].times))
+        bench.add(case, FLOAT, "seconds", median(self.variants[FLOAT]))
         bench.add(case, FLOAT, "rounds", len(self.variants[FLOAT].times), better="")
         for tool, (_, ratio) in ratios(taking_part).items():
             goals = GOALS.get(tool, Goal({}))

@@ -60,8 +60,8 @@ def _fake_quantize(
         return value.reshape(w.shape).to(dtype)
     for rows, (buffer,) in chunks(w, 1):
         s, z, m = part(scale, rows), part(zero, rows), part(minimum, rows)
-        here = out[rows]
-        value = scaled(w[rows], s, m, here if dtype == wide else buffer)
+        here = part(out, rows)
+        value = scaled(part(w, rows), s, m, here if dtype == wide else buffer)
         # (q + z) - z is q: integers below 2^24
         clamped(value, z, lo, hi, value).round_().mul_(s.unsqueeze(-1))
         if m is not None:
@@ -258,7 +258,7 @@ def vjp(
     return (
         found if ours else dw,
         dscale if need_scale else None,
-        lost * -scale if need_zero else None,
+        lost * -scale if need_zero and lost is not None else None,
         lost if need_minimum else None,
     )
 

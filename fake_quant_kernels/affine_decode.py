@@ -46,11 +46,11 @@ def _decode(
         # 16 * code is what a nibble is without its shift: (16 code - 16 z) * (s / 16), each exact, is the same product
         scale, zero = scale * 0.0625, None if zero is None else zero * 16.0
     for rows, (buffer,) in chunks(out, 1):
-        here = out[rows]
+        here = part(out, rows)
         if sixteenths:
-            integers = _sixteenfold(codes[rows], signed)
+            integers = _sixteenfold(part(codes, rows), signed)
         else:
-            integers = unpack_halves(codes[rows], signed) if packed else codes[rows]
+            integers = unpack_halves(part(codes, rows), signed) if packed else part(codes, rows)
         if dtype == torch.float32:
             wide = here
         else:

@@ -70,7 +70,7 @@ def put_codes(
     beyond = hi > 127
     if beyond:
         value.sub_(128.0)
-    into = torch.empty_like(value, dtype=torch.int8) if packed else out[rows].view(torch.int8).view(value.shape)
+    into = torch.empty_like(value, dtype=torch.int8) if packed else part(out, rows).view(torch.int8).view(value.shape)
     codes = into.copy_(value).view(code_dtype(lo))
     if beyond:
         codes.bitwise_xor_(128)
@@ -84,7 +84,7 @@ def _encode(
     """w [R, K] -> codes within lo..hi, int8 / uint8 [R, K], or uint8 [R, K/2] if packed."""
     out = empty_codes(w, lo, packed)
     for rows, (buffer,) in chunks(w, 1):
-        value = scaled(w[rows], part(scale, rows), part(minimum, rows), buffer)
+        value = scaled(part(w, rows), part(scale, rows), part(minimum, rows), buffer)
         put_codes(value, part(zero, rows), lo, hi, packed, False, out, rows)
     return out
 
@@ -95,7 +95,7 @@ def encode_looking(
     """The codes, and whether w holds no NaN; for tensors that are `eager_on_cpu`."""
     out, finite = empty_codes(w, lo, packed), True
     for rows, (buffer,) in chunks(w, 1):
-        value = scaled(w[rows], part(scale, rows), part(minimum, rows), buffer)
+        value = scaled(part(w, rows), part(scale, rows), part(minimum, rows), buffer)
         fine = not value.numel() or no_nan(value.amax())
         put_codes(value, part(zero, rows), lo, hi, packed, fine, out, rows)
         finite &= fine

@@ -50,7 +50,11 @@ def _vjp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dw [R, K] in the dtype of grad, ds and the lost gradient in the shape of scale; those not needed are empty."""
     found = _fake(grad, w, scale, zero, minimum, lo, hi, need_w, need_scale, need_lost)
-    _walk(grad, w, scale, zero, minimum, lo, hi, need_w, need_scale, need_lost, *found)
+    if zero is None and need_w and not (need_scale or need_lost) and _masks(grad, w, lo, hi):
+        _mask(grad, w, scale, minimum, lo, hi, found[0])
+    else:
+        needs = need_w, need_scale, need_lost
+        _walk(grad, w, scale, zero, minimum, lo, hi, *(t if n else None for t, n in zip(found, needs, strict=True)))
     return found
 
 
@@ -66,12 +70,44 @@ def vjp_over(
     need_scale: bool,
     need_lost: bool,
     hat: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in plain torch, with dw in the memory of grad, which is lost. hat: memory [R, K] of any float dtype for
-    the fake-quantized numbers, which cost little more here."""
-    _, dscale, lost = _fake(grad, w, scale, zero, minimum, lo, hi, False, need_scale, need_lost)
-    _walk(grad, w, scale, zero, minimum, lo, hi, need_w, need_scale, need_lost, grad, dscale, lost, hat)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The same in plain torch, with dw in the memory of grad, which is lost; those of fields that are not needed are
+    None. hat: memory [R, K] of any float dtype for the fake-quantized numbers, which cost little more here."""
+    if zero is None and need_w and not (need_scale or need_lost) and _masks(grad, w, lo, hi):
+        _mask(grad, w, scale, minimum, lo, hi, grad, hat)
+        return grad, None, None
+    dscale, lost = (torch.empty_like(scale) if need else None for need in (need_scale, need_lost))
+    _walk(grad, w, scale, zero, minimum, lo, hi, grad if need_w else None, dscale, lost, hat)
     return grad, dscale, lost
+
+
+def _masks(grad: Tensor, w: Tensor, lo: int, hi: int) -> bool:
+    """Whether `_mask` is there for dw alone; without zero points."""
+    # beside 0 there are only denormals, which may be switched off
+    return grad.dtype == torch.float32 and w.dtype != torch.float64 and lo < 0 < hi and eager_on_cpu(grad)
+
+
+def _mask(
+    grad: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    lo: int,
+    hi: int,
+    dw: Tensor,
+    hat: Tensor | None = None,
+) -> None:
+    """Fills dw (grad itself, or other memory) and hat: g where the argument of the clamp is between the two numbers
+    around the bounds, else 0, in one pass instead of three."""
+    groups = scale.shape[1]
+    for rows, (buffer,) in chunks(w, 1):
+        s, m = part(scale, rows), part(minimum, rows)
+        value = scaled(part(w, rows), s, m, buffer)
+        g = grouped(part(grad, rows), groups)
+        into = g if dw is grad else grouped(part(dw, rows), groups)
+        torch.ops.aten.hardtanh_backward.grad_input(g, value, *_around(lo, hi), grad_input=into)
+        if hat is not None:
+            _put_hat(part(hat, rows), value.clamp_(lo, hi).round_(), s, m)
 
 
 def _walk(
@@ -82,61 +118,50 @@ def _walk(
     minimum: Tensor | None,
     lo: int,
     hi: int,
-    need_w: bool,
-    need_scale: bool,
-    need_lost: bool,
-    dw: Tensor,
-    dscale: Tensor,
-    lost: Tensor,
+    dw: Tensor | None,
+    dscale: Tensor | None,
+    lost: Tensor | None,
     hat: Tensor | None = None,
 ) -> None:
-    """Fills dw (grad itself, or other memory), dscale, lost and hat."""
-    if scale.shape[0] == 1:
-        dscale.zero_()
-        lost.zero_()
+    """Fills dw (grad itself, or other memory), dscale, lost and hat, those that are there."""
+    shared = scale.shape[0] == 1
+    for sums in (dscale, lost):
+        if shared and sums is not None:
+            sums.zero_()
     groups, dtype = scale.shape[1], torch.promote_types(w.dtype, torch.float32)
     casts, straight = grad.dtype != dtype, grad.dtype == dtype and eager_on_cpu(grad)
-    masked = straight and need_w and zero is None and not (need_scale or need_lost) and dtype == torch.float32
-    # beside 0 there are only denormals, which may be switched off
-    masked = masked and lo < 0 < hi
-    for rows, buffers in chunks(w, 1 if masked else 2 + need_scale + need_lost + casts):
+    for rows, buffers in chunks(w, 2 + (dscale is not None) + (lost is not None) + casts):
         spare = iter([None if each is None else grouped(each, groups) for each in buffers[1:]])
-        value = scaled(w[rows], part(scale, rows), part(minimum, rows), buffers[0])
-        if masked:
-            g, into = grouped(grad[rows], groups), grouped(dw[rows], groups)
-            # one pass instead of three: g where value is between the two numbers, else 0
-            torch.ops.aten.hardtanh_backward.grad_input(g, value, *_around(lo, hi), grad_input=into)
-            if hat is not None:
-                _put_hat(hat[rows], value.clamp_(lo, hi).round_(), part(scale, rows), part(minimum, rows))
-            continue
+        value = scaled(part(w, rows), part(scale, rows), part(minimum, rows), buffers[0])
         clipped = clamped(value, part(zero, rows), lo, hi, next(spare))
-        terms = torch.round(clipped, out=next(spare)) if need_scale else clipped
+        terms = torch.round(clipped, out=next(spare)) if dscale is not None else clipped
         # 1.0 and 0.0: operations on bools take ten times as long
         inside = value.eq_(clipped)
         if hat is not None:
-            _put_hat(hat[rows], terms if need_scale else terms.round_(), part(scale, rows), part(minimum, rows))
-        outside = torch.neg(inside, out=next(spare)).add_(1.0) if need_lost else inside
-        g = grouped(grad[rows], groups)
+            integers = terms if dscale is not None else terms.round_()
+            _put_hat(part(hat, rows), integers, part(scale, rows), part(minimum, rows))
+        outside = torch.neg(inside, out=next(spare)).add_(1.0) if lost is not None else inside
+        g = grouped(part(grad, rows), groups)
         if casts:
             wide = next(spare)
             g = g.to(dtype) if wide is None else wide.copy_(g)
-        if need_scale:
+        if dscale is not None:
             # not v * inside: a v beyond fp32 is infinite, and infinity times 0 is NaN
             _add(dscale, rows, terms.addcmul_(clipped, inside, value=-1.0).mul_(g).sum(-1))
-        if need_lost:
+        if lost is not None:
             _add(lost, rows, outside.mul_(g).sum(-1))
-        if need_w and straight:
-            torch.mul(g, inside, out=grouped(dw[rows], groups))
-        elif need_w:
+        if dw is not None and straight:
+            torch.mul(g, inside, out=grouped(part(dw, rows), groups))
+        elif dw is not None:
             dw[rows] = inside.mul_(g).reshape(dw[rows].shape)
 
 
 @functools.cache
 def _around(lo: int, hi: int) -> tuple[float, float]:
     """The numbers of fp32 next to lo and hi, outside of them."""
-    return float(np.nextafter(np.float32(lo), np.float32(-np.inf))), float(
-        np.nextafter(np.float32(hi), np.float32(np.inf))
-    )
+    ends = (lo, -np.inf), (hi, np.inf)
+    low, high = (float(np.nextafter(np.float32(end), np.float32(beyond))) for end, beyond in ends)
+    return low, high
 
 
 def _put_hat(hat: Tensor, integers: Tensor, scale: Tensor, minimum: Tensor | None) -> None:

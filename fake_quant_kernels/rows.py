@@ -78,15 +78,16 @@ def fp32_chunks(w: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Slices of the rows of w, those rows in fp32, and a buffer of their shape."""
     casts = w.dtype != torch.float32
     for rows, (buffer, *wide) in chunks(w, 1 + casts):
-        x = w[rows]
+        x = part(w, rows)
         if casts:
             x = x.float() if wide[0] is None else wide[0].copy_(x)
         yield rows, x, buffer
 
 
-def part(field: Tensor | None, rows: slice) -> Any:
-    """The rows of a field [R, G] or None; a shared one [1, 1] as it is."""
-    return field if field is None or field.shape[0] == 1 else field[rows]
+def part(t: Tensor | None, rows: slice) -> Any:
+    """The rows of numbers [R, K], of a field [R, G] or of None; a shared field [1, 1] as it is."""
+    # a view takes longer than a look
+    return t if t is None or rows.stop is None or t.shape[0] == 1 else t[rows]
 
 
 def geometry(rows: int, columns: int, groups: int, packed: bool) -> tuple[int, int, int, int]:

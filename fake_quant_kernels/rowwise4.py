@@ -20,6 +20,7 @@ a matmul each of them begins with a cold cache.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,20 +103,22 @@ def _put(value: Tensor, scale: Tensor, lo: int, hi: int, rows: Tensor) -> None:
     fields[..., 1].copy_(scale * -offset)
 
 
-def decode(rows: Tensor, shape: tuple[int, int], dtype: torch.dtype, again: bool = False) -> Tensor:
-    """The numbers [R, K] = shape in `dtype`; again as in `affine.decode`."""
+def decode(rows: Tensor, dtype: torch.dtype, again: bool = False) -> Tensor:
+    """The numbers of the groups in `dtype`, [R * G, n]; again as in `affine.decode`."""
     graph = torch.compiler.is_compiling()
     wide: Tensor = torch.ops.qat.rowwise4_decode(rows, again) if graph else _decode(rows, again)
-    wide = wide.view(shape)
     return wide if dtype == torch.float32 else wide.to(dtype)
 
 
 def _decode(rows: Tensor, again: bool) -> Tensor:
     """fp32 [R * G, n]."""
     places, ends = _places(rows.shape[0])
-    return torch.ops.quantized.embedding_bag_4bit_rowwise_offsets(  # type: ignore[no-any-return]
-        rows, places, ends, False, 0, False, None, None, True
-    )
+    return _bags()(rows, places, ends, False, 0, False, None, None, True)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _bags() -> Any:
+    return torch.ops.quantized.embedding_bag_4bit_rowwise_offsets.default
 
 
 # What graphs call: torch keeps its operator's shapes from them. Not `torch.library.custom_op`, whose wrapper takes as
@@ -146,6 +149,6 @@ def _exact() -> bool:
         scale = (torch.rand(6, 2, generator=g) + 0.5).mul(2.0 ** torch.arange(-13, -1).view(6, 2)).half().float()
     expected = (codes * scale.unsqueeze(-1)).view(6, 64)
     try:
-        return torch.equal(decode(encode(expected, scale, -8, 7)[0], (6, 64), torch.float32), expected)
+        return torch.equal(decode(encode(expected, scale, -8, 7)[0], torch.float32).view(6, 64), expected)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False

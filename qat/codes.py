@@ -20,6 +20,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,19 +127,27 @@ class CodeCache:
         return reparam is None or all(id(t) in self._sources[key] and stays(t) for t in reparam.factors)
 
     def quantized(
-        self, key: str, w: Tensor, quantizer: Quantizer, reparam: Reparam | None, direct: bool = False
+        self,
+        key: str,
+        w: Tensor,
+        quantizer: Quantizer,
+        reparam: Reparam | None,
+        direct: Callable[[], bool] = lambda: False,
     ) -> tuple[Entry, str, bool]:
         """(codes and fields, their form, whether they are kept); eager mode only. direct: codes are not asked for.
 
         Whether there are codes is the same in all forwards with gradients between two changes: a recomputed one has to
         save what the first one saved."""
+        token, found = _token(w, quantizer, reparam), self.entries.get(key)
+        spared = self.spared(w) and torch.is_grad_enabled()
+        if found is not None and found[0] is w and not spared and self._tokens.get(key) == token:
+            return found[1], found[2], True
         if not self.owns(key, w, reparam):
-            make = fields_alone if direct else quantize
+            make = fields_alone if direct() else quantize
             return make(quantizer, rows_of(w, quantizer, reparam)), PLAIN, False
-        if direct and self.spared(w) and torch.is_grad_enabled():
+        if spared and direct():
             return fields_alone(quantizer, rows_of(w, quantizer, reparam)), PLAIN, True
-        token = _token(w, quantizer, reparam)
-        if key not in self.entries or self._tokens.get(key) != token:
+        if found is None or found[0] is not w or self._tokens.get(key) != token:
             # in inference mode too: they are saved for backward next
             with torch.inference_mode(False):
                 self.entries[key] = (w, *_kept(quantizer, rows_of(w, quantizer, reparam)))

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.codes import CodeCache, Entry, RecentCodes, fields_alone, forget_codes_of, packs, quantize, rows_of
-from qat.fake_quant_kernels import fp8_linear, int8_linear
+from qat.activations import Quantized, Rounded, activation, observe, visible
+from qat.codes import CodeCache, Entry, fields_alone, forget_codes_of, quantize, rows_of
+from qat.fake_quant_kernels import int8_linear
 from qat.fake_quant_kernels.dispatch import uncompiled
 from qat.fake_quant_kernels.pack import PLAIN
-from qat.node import Call, KeepInGraph, QuantizedLayer, inside, no_autocast
-from qat.ops import ConvOp, EmbeddingOp, ExpertsOp, LayerOp, LinearOp, no_view, random_state
+from qat.linear_node import QuantizedLinear, Way
+from qat.node import Call, QuantizedLayer, inside, kept_in_graph, no_autocast, product_of
+from qat.ops import ConvOp, EmbeddingOp, ExpertsOp, LayerOp, LinearOp, random_state
 from qat.qtensor import Fields
 from qat.quantizers import Quantizer
 from qat.reparam import Reparam
@@ -97,10 +99,12 @@ class Live:
     reparams: dict[str, Reparam] = field(default_factory=dict)
     # the prepared root's record: a module whose `training` is the root's
     root: nn.Module | None = None
+    # of the last call that was `QuantizedLinear`'s
+    way: Way | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of one layer must not bring the whole model with it
-        return {**self.__dict__, "root": None}
+        return {**self.__dict__, "root": None, "way": None}
 
     def trains(self, layer: nn.Module) -> bool:
         """Whether a forward now is one of training. A network that its training module keeps in eval mode (as
@@ -121,6 +125,8 @@ class QATLayer(nn.Module):
         live = self._qat
         if not live.active:
             y = _float(self, live, args, kwargs)
+        elif (quantizer := _plain(self, live)) is not None:
+            y = _linear(self, live, quantizer, args, kwargs)
         elif live.op.replays:
             y = _apart(self, live, args, kwargs)
         else:
@@ -201,16 +207,8 @@ def _float(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[str,
     with inside():
         y: Tensor = live.original.forward(layer, *args, **kwargs)
         if x_quantizer is not None and live.trains(layer):
-            _observe(x_quantizer, live.op.inputs(layer, args, kwargs)[0])
-        return _kept_in_graph(y, layer_quantizers(layer))
-
-
-def _kept_in_graph(y: Tensor, idle: list[Quantizer]) -> Tensor:
-    """y, on which the learned scales of quantizers that do not use them now depend with a gradient of zero."""
-    learned = [p for quantizer in idle for p in quantizer.learned() if p.requires_grad]
-    if not learned or not torch.is_grad_enabled():
-        return y
-    return KeepInGraph.apply(y, *learned)  # type: ignore[no-any-return, no-untyped-call]
+            observe(x_quantizer, live.op.inputs(layer, args, kwargs)[0])
+        return kept_in_graph(y, layer_quantizers(layer))
 
 
 def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -231,11 +229,10 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
             quantizers = weight_quantizers(layer)
             for key, w in zip(kinds, weights, strict=True):
                 quantizer = quantizers.get(key)
-                direct = quantizer is not None and rounds_directly(layer, key, quantizer, w, dtype)
-                slot, entry = _weight(live, key, w, quantizer, direct)
+                slot, entry = _weight(layer, live, key, w, quantizer, dtype)
                 slots.append(slot)
                 quantized += entry
-        product = _product(op, live.blend, x_slot, x_quantized, slots[0], quantized, dtype) if live.real else ""
+        product = product_of(op, live.blend, x_slot, x_quantized, slots[0], quantized, dtype) if live.real else ""
         random = random_state(layer) if op.replays else None
         backward, seeds = "float", None
         if live.backward != "float" and live.blend is None and live.in_training(layer):
@@ -247,24 +244,72 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
         y: Tensor = QuantizedLayer.apply(call, live.blend, seeds, *inputs, *weights, *x_quantized, *quantized, *factors)  # type: ignore[no-untyped-call]
         y = _output(layer, y)
         frozen = [q for q in (*quantizers.values(), *activation_quantizers(layer).values()) if q.frozen]
-        return _kept_in_graph(y, frozen) if frozen else y
+        return kept_in_graph(y, frozen) if frozen else y
 
 
 _apart = uncompiled(_quantized)
 
-_Quantized = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-_NOTHING: _Quantized = (None, None, None, None)
+
+def _plain(layer: QATLayer, live: Live) -> Quantizer | None:
+    """The weight's quantizer, where `QuantizedLinear` is the node of this call."""
+    if not isinstance(live.op, LinearOp) or live.blend is not None or live.reparams or live.backward != "float":
+        return None
+    modules = layer._modules
+    if torch.compiler.is_compiling() or modules.get("output_quantizer") is not None:
+        return None
+    x_quantizer = input_quantizer(layer)
+    if x_quantizer is not None:
+        multiplied = live.real and not (x_quantizer.live_spec.is_int and _idle(layer, live))
+        if multiplied or not x_quantizer.identity_gradient:
+            return None
+    # a tied one is no child
+    found = modules.get("weight_quantizer") or layer.__dict__.get("weight_quantizer")
+    # learned scales that are frozen are to stay in the graph
+    return found if isinstance(found, Quantizer) and not (found.frozen and found.learned()) else None
+
+
+def _idle(layer: QATLayer, live: Live) -> bool:
+    """Whether products of integer codes pay nowhere here."""
+    w: Tensor = layer.weight  # type: ignore[assignment]
+    return bool(int8_linear.idle(w.device, _compute_dtype(live.op, (), [w])))
+
+
+def _linear(layer: QATLayer, live: Live, quantizer: Quantizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """`_quantized` where it is `_plain`."""
+    with inside():
+        op: LinearOp = live.op  # type: ignore[assignment]
+        x, bias = op.inputs(layer, args, kwargs)
+        w: Tensor = layer.weight  # type: ignore[assignment]
+        device, dtype = w.device.type, w.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        live.latent_dtype, live.out_dtype = w.dtype, dtype
+        with no_autocast(device):
+            x_slot, x_quantized = _input(layer, live, x)
+            entry, form, keep = live.cache.quantized(
+                "weight", w, quantizer, None, lambda: rounds_directly(layer, "weight", quantizer, w, dtype)
+            )
+            fields = _fields_of(quantizer, w, None, entry, keep)
+        way, spec, direct = live.way, quantizer.live_spec, entry[0] is None
+        if way is None or way.dtype != dtype or not way.slot.like(quantizer, spec, form, keep, direct):
+            live.way = way = Way(layer, op, Slot(quantizer, spec, quantizer.layout, form, keep, direct=direct), dtype)
+        x_all = None if x_slot is None else (x_slot, *x_quantized)
+        return QuantizedLinear.apply(way, x_all, x, bias, w, entry[0], *fields)  # type: ignore[no-any-return, no-untyped-call]
+
+
+_NOTHING: Quantized = (None, None, None, None)
 
 
 def _weight(
-    live: Live, key: str, w: Tensor, quantizer: Quantizer | None, direct: bool
-) -> tuple[Slot | None, _Quantized]:
+    layer: nn.Module, live: Live, key: str, w: Tensor, quantizer: Quantizer | None, dtype: torch.dtype
+) -> tuple[Slot | None, Quantized]:
     """The slot of a weight with its codes and fields; fields of learned scales bring their gradient."""
     if quantizer is None:
         return None, _NOTHING
     layout, cache, reparam, spec = quantizer.layout, live.cache, live.reparams.get(key), quantizer.live_spec
     if torch.compiler.is_compiling():
         live.traced = True
+        direct = rounds_directly(layer, key, quantizer, w, dtype)
         # codes of another tensor (functional_call, a Parameter that was replaced) are not this one's
         source, found, form = cache.entries.get(key, (None, None, PLAIN))
         keep = source is w
@@ -273,122 +318,50 @@ def _weight(
         form = form if keep else PLAIN
         keep = keep or (direct and cache.knows(key))
     else:
-        entry, form, keep = cache.quantized(key, w, quantizer, reparam, direct)
+        entry, form, keep = cache.quantized(
+            key, w, quantizer, reparam, lambda: rounds_directly(layer, key, quantizer, w, dtype)
+        )
     undoes = reparam is not None and reparam.undoes
-    slot = Slot(quantizer, spec, layout, form, keep, reparam, undoes, direct and entry[0] is None)
-    if torch.is_grad_enabled() and any(p.requires_grad for p in quantizer.learned()):
-        fields = quantizer.differentiable(Fields(*entry[1:])) if keep else None
-        if fields is None:
-            fields = _visible(quantizer.fields(rows_of(w, quantizer, reparam)), entry[1])
-        return slot, (entry[0], *fields)
-    return slot, entry
+    slot = Slot(quantizer, spec, layout, form, keep, reparam, undoes, entry[0] is None)
+    return slot, (entry[0], *_fields_of(quantizer, w, reparam, entry, keep))
 
 
-def _visible(fields: Fields, scale: Tensor) -> Fields:
-    """Differentiable fields; NaN where the scale that the codes came with is (it equals theirs otherwise)."""
-    return fields._replace(scale=fields.scale + (scale - fields.scale).detach())
+def _fields_of(quantizer: Quantizer, w: Tensor, reparam: Reparam | None, entry: Entry, keep: bool) -> Fields:
+    """The fields of an entry; those of learned scales bring their gradient."""
+    fields = Fields(*entry[1:])
+    if not torch.is_grad_enabled() or not any(p.requires_grad for p in quantizer.learned()):
+        return fields
+    found = quantizer.differentiable(fields) if keep else None
+    return visible(quantizer.fields(rows_of(w, quantizer, reparam)), entry[1]) if found is None else found
 
 
-def _input(layer: nn.Module, live: Live, x: Tensor | None) -> tuple[Slot | None, _Quantized]:
+def _input(layer: nn.Module, live: Live, x: Tensor | None) -> tuple[Slot | None, Quantized]:
     """The slot of the input with its codes and fields."""
     quantizer = input_quantizer(layer)
     if quantizer is None or x is None or not x.is_floating_point():
         return None, _NOTHING
     if live.trains(layer):
-        _observe(quantizer, x)
-    return _activation(quantizer, x, shared=True)
-
-
-def _activation(quantizer: Quantizer, x: Tensor, shared: bool = False) -> tuple[Slot, _Quantized]:
-    """The slot of what is no weight with its codes and fields; shared: other layers may read it too."""
-    spec = quantizer.live_spec
-    slot = Slot(quantizer, spec, quantizer.layout.of(x))
-    if not quantizer.identity_gradient:
-        fields = quantizer.fields(slot.rows(x.detach()))
-        codes, used = quantizer.quantize(slot.rows(x.detach()), spec, fields)
-        return slot, (codes, *_visible(fields, used.scale))
-    if not shared or torch.compiler.is_compiling() or quantizer.static_activations:
-        # what is kept is not the same in every layer
-        codes, fields = quantizer.quantize(slot.rows(x.detach()), spec)
-    else:
-        codes, fields = _recent.quantized(x, slot)
-    return slot, (codes, *fields)
-
-
-class _Rounded(torch.autograd.Function):
-    """x on the grid of its slot. Saved is x, where a gradient looks at it, and nothing else as large."""
-
-    @staticmethod
-    def forward(ctx: Any, slot: Slot, blend: Tensor | None, x: Tensor, *quantized: Tensor | None) -> Tensor:
-        ctx.slot, ctx.dtype = slot, x.dtype
-        ctx.save_for_backward(None if slot.quantizer.identity_gradient else x, blend, *quantized[1:])
-        return no_view(slot.hat(x, quantized, blend, x.dtype))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, blend, *fields = ctx.saved_tensors
-        needs = (ctx.needs_input_grad[2], *ctx.needs_input_grad[4:])
-        dx, *dfields = ctx.slot.pull(grads[0], x, (None, *fields), blend, needs, ctx.dtype, False)
-        return None, None, dx, None, *dfields
+        observe(quantizer, x)
+    return activation(quantizer, x, shared=True)
 
 
 def rounded(layer: nn.Module, quantizer: Quantizer, x: Tensor) -> Tensor:
     """x on the quantizer's grid; as it is while the layer is inactive."""
     live: Live = layer._qat  # type: ignore[assignment]
     if live.trains(layer):
-        _observe(quantizer, x)
+        observe(quantizer, x)
     if not live.active:
-        return _kept_in_graph(x, [quantizer])
+        return kept_in_graph(x, [quantizer])
     with no_autocast(x.device.type):
-        slot, quantized = _activation(quantizer, x)
-        y: Tensor = _Rounded.apply(slot, live.blend, x, *quantized)  # type: ignore[no-untyped-call]
-    return _kept_in_graph(y, [quantizer]) if quantizer.frozen else y
+        slot, quantized = activation(quantizer, x)
+        y: Tensor = Rounded.apply(slot, live.blend, x, *quantized)  # type: ignore[no-untyped-call]
+    return kept_in_graph(y, [quantizer]) if quantizer.frozen else y
 
 
 def _output(layer: nn.Module, y: Tensor) -> Tensor:
     """What the layer gives, quantized if a rule says so."""
     quantizer = layer._modules.get("output_quantizer")
     return rounded(layer, quantizer, y) if isinstance(quantizer, Quantizer) else y
-
-
-_recent = RecentCodes()
-
-
-def _product(
-    op: LayerOp,
-    blend: Tensor | None,
-    x_slot: Slot | None,
-    x_quantized: _Quantized,
-    w_slot: Slot | None,
-    w_quantized: Any,
-    dtype: torch.dtype,
-) -> str:
-    """As what the codes themselves can be multiplied, y = (x_codes w_codes^T) * x_scale * w_scale: int8, fp8, or "" if
-    they cannot."""
-    if not isinstance(op, LinearOp) or op.transposed or blend is not None or x_slot is None or w_slot is None:
-        return ""
-    (x_codes, x_scale, x_zero, x_minimum), (codes, scale, zero, minimum) = x_quantized, w_quantized
-    assert x_codes is not None and x_scale is not None
-    if codes is None:
-        return ""
-    asymmetric = zero is not None or minimum is not None or x_minimum is not None
-    # by the spec, not by the form: whether codes are kept must change no number
-    packed = packs(w_slot.spec, w_slot.layout.rows_shape[1])
-    # one scale per token or for all, one per output or for all
-    if packed or asymmetric or w_slot.undo or scale.shape[1] != 1 or x_scale.shape[1] != 1:
-        return ""
-    if x_slot.spec.is_int and w_slot.spec.is_int:
-        return "" if int8_linear.reasons(x_codes, codes, dtype, x_zero is not None) else "int8"
-    if x_slot.spec.kind == w_slot.spec.kind == "e4m3":
-        return "" if fp8_linear.reasons(x_codes, codes, dtype) else "fp8"
-    return ""
-
-
-def _observe(quantizer: Quantizer, x: Tensor | None) -> None:
-    assert x is not None
-    with torch.no_grad():
-        quantizer.observe(x.detach().reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1))
 
 
 def _compute_dtype(op: LayerOp, inputs: tuple[Tensor | None, ...], weights: list[Tensor]) -> torch.dtype:

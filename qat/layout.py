@@ -36,6 +36,8 @@ _KINDS: dict[str, tuple[tuple[int, ...] | None, int]] = {
     "experts_t": ((0, 2, 1), 2),
     "tokens": (None, -1),
 }
+# parameters that are their own rows
+_MATRICES = ("linear", "embedding")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class Layout:
 
     def to_rows(self, w: Tensor) -> Tensor:
         """`shape` -> `[R, K]`; a view where the memory order allows it."""
+        if self.order is None and self.kind in _MATRICES:
+            return w
         permutation = self._permutation()
         return self.ordered((w if permutation is None else w.permute(permutation)).reshape(self.rows_shape))
 

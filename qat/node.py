@@ -19,18 +19,19 @@ takes the node into its graph.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qat.codes import packs
+from qat.fake_quant_kernels import fp8_linear, int8_linear
 from qat.fake_quant_kernels.dispatch import uses_triton
-from qat.fake_quant_kernels.fp8_linear import fp8_linear
 from qat.fake_quant_kernels.int8_gradients import int8_dgrad, int8_wgrad
-from qat.fake_quant_kernels.int8_linear import int8_linear
-from qat.ops import LayerOp, Tensors, no_view, replayed
+from qat.ops import LayerOp, LinearOp, Tensors, no_view, replayed
+from qat.quantizers import Quantizer
 from qat.slot import Latents, Slot
 
 # tensors of one slot among the node's arguments: codes, scale, zero, minimum
@@ -40,17 +41,22 @@ _SLOT = 4
 _inside = 0
 
 
-@contextlib.contextmanager
-def inside() -> Iterator[None]:
-    global _inside
-    if torch.compiler.is_compiling():
-        yield
-        return
-    _inside += 1
-    try:
-        yield
-    finally:
+class _Inside(contextlib.AbstractContextManager[None]):
+    def __enter__(self) -> None:
+        global _inside
+        _inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        global _inside
         _inside -= 1
+
+
+_INSIDE = _Inside()
+_NOWHERE = contextlib.nullcontext()
+
+
+def inside() -> contextlib.AbstractContextManager[None]:
+    return _NOWHERE if torch.compiler.is_compiling() else _INSIDE
 
 
 def is_inside() -> bool:
@@ -61,7 +67,7 @@ def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Inside, operations run in the dtypes of their arguments."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type=device_type, enabled=False)
-    return contextlib.nullcontext()
+    return _NOWHERE
 
 
 @dataclass(frozen=True)
@@ -283,9 +289,9 @@ def _product(call: Call, inputs: Tensors, x_quantized: Tensors, w_quantized: Ten
     x_codes, x_scale, x_zero, _ = x_quantized
     w_codes, w_scale, _, _ = w_quantized
     if call.product == "fp8":
-        y = fp8_linear(x_codes, x_scale, w_codes, w_scale, bias, call.dtype)  # type: ignore[arg-type]
+        y = fp8_linear.fp8_linear(x_codes, x_scale, w_codes, w_scale, bias, call.dtype)  # type: ignore[arg-type]
     else:
-        y = int8_linear(x_codes, x_scale, w_codes, w_scale, bias, call.dtype, x_zero)  # type: ignore[arg-type]
+        y = int8_linear.int8_linear(x_codes, x_scale, w_codes, w_scale, bias, call.dtype, x_zero)  # type: ignore[arg-type]
     return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]
 
 
@@ -317,6 +323,36 @@ def _integer_gradients(
     return (dx, rows.sum(0) if wanted[1] else None), (dw,)
 
 
+def product_of(
+    op: LayerOp,
+    blend: Tensor | None,
+    x_slot: Slot | None,
+    x_quantized: Tensors,
+    w_slot: Slot | None,
+    w_quantized: Any,
+    dtype: torch.dtype,
+) -> str:
+    """As what the codes themselves can be multiplied, y = (x_codes w_codes^T) * x_scale * w_scale: int8, fp8, or "" if
+    they cannot."""
+    if not isinstance(op, LinearOp) or op.transposed or blend is not None or x_slot is None or w_slot is None:
+        return ""
+    (x_codes, x_scale, x_zero, x_minimum), (codes, scale, zero, minimum) = x_quantized, w_quantized
+    assert x_codes is not None and x_scale is not None
+    if codes is None:
+        return ""
+    asymmetric = zero is not None or minimum is not None or x_minimum is not None
+    # by the spec, not by the form: whether codes are kept must change no number
+    packed = packs(w_slot.spec, w_slot.layout.rows_shape[1])
+    # one scale per token or for all, one per output or for all
+    if packed or asymmetric or w_slot.undo or scale.shape[1] != 1 or x_scale.shape[1] != 1:
+        return ""
+    if x_slot.spec.is_int and w_slot.spec.is_int:
+        return "" if int8_linear.reasons(x_codes, codes, dtype, x_zero is not None) else "int8"
+    if x_slot.spec.kind == w_slot.spec.kind == "e4m3":
+        return "" if fp8_linear.reasons(x_codes, codes, dtype) else "fp8"
+    return ""
+
+
 class KeepInGraph(torch.autograd.Function):
     """y unchanged; the scales get a gradient of zero."""
 
@@ -328,3 +364,11 @@ class KeepInGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         return (grads[0], *(torch.zeros_like(p) for p in ctx.saved_tensors))
+
+
+def kept_in_graph(y: Tensor, idle: list[Quantizer]) -> Tensor:
+    """y, on which the learned scales of quantizers that do not use them now depend with a gradient of zero."""
+    learned = [p for quantizer in idle for p in quantizer.learned() if p.requires_grad]
+    if not learned or not torch.is_grad_enabled():
+        return y
+    return KeepInGraph.apply(y, *learned)  # type: ignore[no-any-return, no-untyped-call]

@@ -42,6 +42,11 @@ class Slot:
     # there are no codes: numbers are rounded where they are used
     direct: bool = False
 
+    def like(self, quantizer: Quantizer, spec: QuantSpec, form: str, keep: bool, direct: bool) -> bool:
+        """Whether this is the slot of a weight that is quantized so."""
+        same = self.quantizer is quantizer and self.spec is spec and self.layout.order is None
+        return same and self.form == form and self.keep == keep and self.direct == direct
+
     def latents(self, t: Latents) -> Tensor:
         """What is quantized."""
         return self.reparam.weight(*t) if self.reparam is not None else t  # type: ignore[return-value]
@@ -68,7 +73,9 @@ class Slot:
             return through(self.hat(t, quantized, blend, torch.float32, again), dtype).to(dtype)
         if self.form == ROWS:
             codes = quantized[0]
-            rows = rowwise4.decode(codes, self.layout.rows_shape, dtype, again)  # type: ignore[arg-type]
+            rows = rowwise4.decode(codes, dtype, again)  # type: ignore[arg-type]
+            # as rows only where their columns lie in another order
+            rows = rows if self.layout.order is None else rows.view(self.layout.rows_shape)
         elif self.direct:
             w_RK = self.rows(self.latents(t).detach())
             rows = self.quantizer.rounded(w_RK, self.spec, dtype, self._given(quantized), again)

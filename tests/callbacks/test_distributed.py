@@ -52,7 +52,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 # Inside the processes: weights and scales are equal on all ranks, DDP has its default flags, the gathered integers are
 # those of one process that reads the checkpoint, a resumed run equals the uninterrupted one.
 # mutation: no all_reduce in qat.steps.after_optimizer_step -> "ddp" and "fsdp2" are red (ranges differ);
-# mutation: return y in qat.layers._kept_in_graph -> "ddp" is red (unused parameters);
+# mutation: return y in qat.node.kept_in_graph -> "ddp" is red (unused parameters);
 # mutation: no padding in QATState.get_extra_state -> "fsdp2_resume" is red (size of the record)
 
 

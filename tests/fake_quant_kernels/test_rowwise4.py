@@ -32,7 +32,7 @@ def test_same_numbers_as_decode(rows: int, groups: int, size: int, signed: bool,
     assert rowwise4.fits(w, groups)
     packed, given = rowwise4.encode(w, scale, low, low + 15)
     assert packed.nbytes == codes.numel() // 2 + 4 * scale.numel() and given is scale
-    found = rowwise4.decode(packed, (rows, groups * size), dtype)
+    found = rowwise4.decode(packed, dtype).view(rows, groups * size)
     assert found.dtype == dtype
     assert torch.equal(found, decode(codes, scale, None, None, dtype))
 
@@ -51,11 +51,11 @@ def test_same_codes_and_scales(
     codes, scale = dynamic.absmax(w, *how, lo < 0, poison=True)
     packed, found = rowwise4.absmax(w, *how)
     assert torch.equal(found, scale)
-    assert torch.equal(rowwise4.decode(packed, (7, 48), torch.float32), decode(codes, scale, None, None))
+    assert torch.equal(rowwise4.decode(packed, torch.float32).view(7, 48), decode(codes, scale, None, None))
     scale = (scale * 0.7).half().float()
     packed, _ = rowwise4.encode(w, scale, lo, hi)
     codes = encode(w, scale, None, None, lo, hi)
-    assert torch.equal(rowwise4.decode(packed, (7, 48), torch.float32), decode(codes, scale, None, None))
+    assert torch.equal(rowwise4.decode(packed, torch.float32).view(7, 48), decode(codes, scale, None, None))
 
 
 def test_a_nan_shows_in_the_scale() -> None:

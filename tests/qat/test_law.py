@@ -149,7 +149,7 @@ def assert_law(quantizer: Quantizer, w: Tensor, held_by: list[Format], count: Co
     if fp16 and packs(spec, rows.shape[1]) and spec.granularity != "tensor" and rowwise4.fits(rows, groups):
         codes, fields = quantizer.quantize(rows, spec, form=ROWS)
         if rowwise4.holds(fields.scale):
-            hat = rowwise4.decode(codes, (rows.shape[0], rows.shape[1]), w.dtype)
+            hat = rowwise4.decode(codes, w.dtype).view(rows.shape)
             assert torch.equal(layout.from_rows(hat), fake), f"{context}: {ROWS}"
             count[ROWS] += 1
     count["forward"] += 1
