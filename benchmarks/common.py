@@ -126,7 +126,7 @@ class Variant:
     """One model in training: `run` is its forward (perhaps compiled), `after` what its tool asks for after a step.
 
     family   "float", or one of `benchmarks.schemes`: it is compared with others of its own
-    times    of its turns: seconds of each part (a micro-batch, the optimizer's step)
+    times    of its steps: seconds of each micro-batch and of the optimizer's step, or of all of it
     """
 
     tool: str
@@ -178,11 +178,11 @@ def compiled(model: nn.Module, backend: str = "inductor") -> Callable[[Any], Ten
 
 def take_turns(
     variants: Sequence[Variant],
-    turn: Callable[[Variant], Sequence[float]],
+    turn: Callable[[Variant], Iterable[Sequence[float]]],
     rounds: int,
     enough: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Fill `times`: each round starts with the next variant, so none always follows the same neighbour.
+    """Fill `times`: each round starts with the next variant, so that none is always the first.
 
     `enough` is asked after each round but the first; True ends it early.
     """
@@ -196,19 +196,21 @@ def take_turns(
         try:
             start = number % len(variants)
             for variant in (*variants[start:], *variants[:start]):
-                variant.times.append(turn(variant))
+                variant.times += turn(variant)
         finally:
             gc.enable()
 
 
 def least(variant: Variant) -> float:
-    """Seconds of a turn of which each part went as fast as it ever did: what disturbs some parts of every turn is not
-    in it."""
-    return sum(map(min, zip(*variant.times, strict=True)))
+    """Seconds of a step of which each part goes as fast as it ever did, so that what disturbs some of each step counts
+    for nothing; micro-batches after the first do the same work."""
+    parts = [min(seconds) for seconds in zip(*variant.times, strict=True)]
+    alike = parts[1:-1]
+    return sum(parts) if not alike else parts[0] + len(alike) * min(alike) + parts[-1]
 
 
 def median(variant: Variant) -> float:
-    """Seconds of a turn."""
+    """Seconds of a step."""
     return statistics.median(map(sum, variant.times))
 
 

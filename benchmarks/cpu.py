@@ -7,8 +7,9 @@
 
 A case is (model, dtype, eager or compiled, accumulation). A step is `accumulation` micro-batches forward and backward,
 then SGD; ours includes `qat.after_optimizer_step`. Time is the process' CPU time; in each round every variant takes one
-turn. Ratios to `float` of the same turns are of the sum of the least times that each micro-batch and the update took
-(and, reported beside, of the median of the turns). `float again` is a second float model: the spread. Bytes and host
+turn of some steps: the first of them finds memory as another tool left it. Ratios to `float` are of the sum of the
+least times of each part of a step (`common.least`), and, reported beside, of the median of the steps. `float again` is
+a second float model: the spread. Bytes and host
 reads: benchmarks/memory.py.
 
 First the gate (benchmarks/schemes.py): with a red one nothing is timed and the exit status is 1. A processor without
@@ -79,12 +80,12 @@ GOALS: dict[tuple[str, str, str, int | None], float] = {
 
 @dataclass(frozen=True)
 class Network:
-    """What is trained, on how many tokens, and in how many rounds at each accumulation."""
+    """What is trained, on how many tokens, and at each accumulation in how many rounds of turns of how many steps."""
 
     name: str
     make: Callable[[], nn.Module]
     batch: Callable[[torch.dtype], Any]
-    rounds: dict[int, int]
+    turns: dict[int, tuple[int, int]]
     # of the peers only those that led in the first network take part: the others cost minutes
     best_peers_only: bool = False
 
@@ -99,12 +100,12 @@ def _ids(sequences: int, length: int, vocab: int) -> Any:
 
 
 NETWORKS = (
-    Network("block", Block, lambda dtype: _pair(4, 128, 512, dtype), {1: 24, 8: 10}),
-    Network("llama", HfLlama, lambda dtype: _ids(4, 512, 2048), {1: 6, 8: 3}, best_peers_only=True),
+    Network("block", Block, lambda dtype: _pair(4, 128, 512, dtype), {1: (8, 4), 8: (6, 2)}),
+    Network("llama", HfLlama, lambda dtype: _ids(4, 512, 2048), {1: (3, 3), 8: (2, 1)}, best_peers_only=True),
 )
 TINY = (
-    Network("block", lambda: Block(128, 256, 4), lambda dtype: _pair(1, 32, 128, dtype), {1: 2, 8: 1}),
-    Network("llama", lambda: HfLlama(128, 256, 4, 1, 64), lambda dtype: _ids(1, 32, 64), {1: 2, 8: 1}, True),
+    Network("block", lambda: Block(128, 256, 4), lambda dtype: _pair(1, 32, 128, dtype), {1: (2, 2), 8: (1, 1)}),
+    Network("llama", lambda: HfLlama(128, 256, 4, 1, 64), lambda dtype: _ids(1, 32, 64), {1: (2, 2), 8: (1, 1)}, True),
 )
 
 
@@ -177,16 +178,18 @@ class Group:
         case, batch = self.case(accumulation), self.network.batch(DTYPES[self.dtype])
         taking_part = [self.variants[tool] for tool in chosen]
 
-        def turn(variant: Variant) -> list[float]:
-            clock = [time.process_time()]
-            for _ in range(accumulation):
-                variant.micro_batch(batch, accumulation)
+        def turn(variant: Variant) -> Iterator[list[float]]:
+            for _ in range(steps):
+                clock = [time.process_time()]
+                for _ in range(accumulation):
+                    variant.micro_batch(batch, accumulation)
+                    clock.append(time.process_time())
+                variant.finish()
                 clock.append(time.process_time())
-            variant.finish()
-            clock.append(time.process_time())
-            return [after - before for before, after in itertools.pairwise(clock)]
+                yield [after - before for before, after in itertools.pairwise(clock)]
 
-        count = self.network.rounds[accumulation] if rounds is None else rounds
+        count, steps = self.network.turns[accumulation]
+        count = count if rounds is None else rounds
         take_turns(taking_part, turn, count, lambda: time.monotonic() > deadline)
         found = []
         for tool, (quickest, usual) in ratios(taking_part).items():
@@ -195,7 +198,7 @@ class Group:
             found.append(row(SUITE, case, tool, "time_ratio", quickest, goal))
             found.append(row(SUITE, case, tool, "time_ratio_median", usual))
         found.append(row(SUITE, case, FLOAT, "seconds", least(self.variants[FLOAT])))
-        found.append(row(SUITE, case, FLOAT, "rounds", len(self.variants[FLOAT].times), better=""))
+        found.append(row(SUITE, case, FLOAT, "steps", len(self.variants[FLOAT].times), better=""))
         measured = {v.tool: memory.measure(v, batch, accumulation, self.held[v.tool]) for v in taking_part}
         for variant in taking_part:
             ours, own = variant.tool in OURS, measured[variant.tool]

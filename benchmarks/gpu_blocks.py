@@ -129,7 +129,7 @@ class Blocks:
         rounds = bench.sizes.rounds[accumulation > 1]
         take_turns(
             taking_part,
-            lambda variant: [bench.seconds(lambda: variant.step(batch, accumulation))],
+            lambda variant: [[bench.seconds(lambda: variant.step(batch, accumulation))]],
             rounds,
             lambda: bench.late,
         )

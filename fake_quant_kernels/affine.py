@@ -34,8 +34,8 @@ from qat.fake_quant_kernels.affine_decode import affine_decode
 from qat.fake_quant_kernels.affine_encode import affine_encode, encode_looking, scaled
 from qat.fake_quant_kernels.affine_vjp import affine_vjp, clamped, value_of, vjp_over
 from qat.fake_quant_kernels.device import clip, rint
-from qat.fake_quant_kernels.dispatch import AotCase, Kernel, Op, tl, uses_triton
-from qat.fake_quant_kernels.rows import chunks, eager_on_cpu, field_of, geometry, part, places, tile, tiling
+from qat.fake_quant_kernels.dispatch import AotCase, Kernel, Op, no_grad, tl, uses_triton
+from qat.fake_quant_kernels.rows import chunks, eager_on_cpu, field_of, geometry, part, places, spread, tile, tiling
 
 
 def _fake_quantize(
@@ -55,17 +55,17 @@ def _fake_quantize(
     out = _fake_quantize_fake(w, scale, zero, minimum, lo, hi, dtype, again)
     wide = torch.promote_types(w.dtype, torch.float32)
     if torch.compiler.is_compiling():
-        value = torch.round(clamped(scaled(w, scale, minimum), zero, lo, hi)) * scale.unsqueeze(-1)
-        value = value if minimum is None else value + minimum.unsqueeze(-1)
+        value = torch.round(clamped(scaled(w, scale, minimum), zero, lo, hi)) * spread(scale)
+        value = value if minimum is None else value + spread(minimum)
         return value.reshape(w.shape).to(dtype)
     for rows, (buffer,) in chunks(w, 1):
         s, z, m = part(scale, rows), part(zero, rows), part(minimum, rows)
         here = part(out, rows)
         value = scaled(part(w, rows), s, m, here if dtype == wide else buffer)
         # (q + z) - z is q: integers below 2^24
-        clamped(value, z, lo, hi, value).round_().mul_(s.unsqueeze(-1))
+        clamped(value, z, lo, hi, value).round_().mul_(spread(s))
         if m is not None:
-            value += m.unsqueeze(-1)
+            value += spread(m)
         if dtype != wide:
             here.copy_(value.view(here.shape))
     return out
@@ -178,7 +178,7 @@ def encode(
     w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int, packed: bool = False
 ) -> Tensor:
     """w [R, K] of any float dtype -> codes within lo..hi: int8 (lo < 0) or uint8 [R, K]; packed uint8 [R, K/2]."""
-    with torch.no_grad():
+    with no_grad():
         return affine_encode(w, scale, zero, minimum, lo, hi, packed)  # type: ignore[no-any-return]
 
 
@@ -186,7 +186,7 @@ def encode_poisoning(
     w: Tensor, scale: Tensor, zero: Tensor | None, minimum: Tensor | None, lo: int, hi: int, packed: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(`encode`, `poisoned` scale)."""
-    with torch.no_grad():
+    with no_grad():
         if eager_on_cpu(w) and not uses_triton(w.device):
             codes, finite = encode_looking(w, scale, zero, minimum, lo, hi, packed)
             return codes, scale if finite else torch.full_like(scale, torch.nan)
@@ -208,7 +208,7 @@ def decode(
     fp32 arithmetic, then one cast to `dtype`. No gradients: those are `vjp`'s. again: said by a backward, so that no
     compiler saves the numbers of the forward for it.
     """
-    with torch.no_grad():
+    with no_grad():
         return affine_decode(codes, scale, zero, minimum, dtype, packed, signed, again)  # type: ignore[no-any-return]
 
 
@@ -223,7 +223,7 @@ def rounded(
     again: bool = False,
 ) -> Tensor:
     """`decode(encode(w))` in `dtype` without the codes; again: as in `decode`. NaN stays NaN. No gradients."""
-    with torch.no_grad():
+    with no_grad():
         return affine_fake(w, scale, zero, minimum, lo, hi, dtype, again)  # type: ignore[no-any-return]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qat.fake_quant_kernels.dispatch import AotCase, Device, Kernel, Op, tl
 from qat.fake_quant_kernels.pack import unpack_halves
-from qat.fake_quant_kernels.rows import chunks, field_of, geometry, grouped, part, places, tile, tiling
+from qat.fake_quant_kernels.rows import chunks, field_of, geometry, grouped, part, places, spread, tile, tiling
 
 
 def _decode(
@@ -36,9 +36,9 @@ def _decode(
     """
     if torch.compiler.is_compiling():
         value = grouped(_traced(codes, packed, signed), scale.shape[1])
-        value = value if zero is None else value - zero.unsqueeze(-1)
-        value = value * scale.unsqueeze(-1)
-        value = value if minimum is None else value + minimum.unsqueeze(-1)
+        value = value if zero is None else value - spread(zero)
+        value = value * spread(scale)
+        value = value if minimum is None else value + spread(minimum)
         return value.flatten(1).to(dtype)
     out = _fake(codes, scale, zero, minimum, dtype, packed, signed, again)
     sixteenths = packed and out.device.type == "cpu"
@@ -55,13 +55,13 @@ def _decode(
             wide = here
         else:
             wide = torch.empty(here.shape, dtype=torch.float32, device=out.device) if buffer is None else buffer
-        wide.view(integers.shape).copy_(integers)
+        (wide if wide.shape == integers.shape else wide.view(integers.shape)).copy_(integers)
         value = grouped(wide, scale.shape[1])
         if zero is not None:
-            value -= part(zero, rows).unsqueeze(-1)
-        value *= part(scale, rows).unsqueeze(-1)
+            value -= spread(part(zero, rows))
+        value *= spread(part(scale, rows))
         if minimum is not None:
-            value += part(minimum, rows).unsqueeze(-1)
+            value += spread(part(minimum, rows))
         if wide is not here:
             here.copy_(wide)
     return out

@@ -28,6 +28,7 @@ from qat.fake_quant_kernels.rows import (
     part,
     places,
     rounded,
+    spread,
     tile,
     tiling,
 )
@@ -41,9 +42,9 @@ def scaled(w: Tensor, scale: Tensor, minimum: Tensor | None, out: Tensor | None 
         # a product of mixed dtypes would make this copy as well, in fresh memory
         wide = w.float() if out is None else out.copy_(w)
     blocks, into = grouped(wide, groups), None if out is None else grouped(out, groups)
-    reciprocal = scale.reciprocal().unsqueeze(-1)
+    reciprocal = spread(scale.reciprocal())
     if minimum is not None:
-        return torch.sub(blocks, minimum.unsqueeze(-1), out=into).mul_(reciprocal)
+        return torch.sub(blocks, spread(minimum), out=into).mul_(reciprocal)
     return torch.mul(blocks, reciprocal, out=into)
 
 
@@ -60,7 +61,7 @@ def put_codes(
     elif not finite:
         value.nan_to_num_(0.0)
     if zero is not None:
-        value += zero.unsqueeze(-1)
+        value += spread(zero)
     value.clamp_(lo, hi)
     if torch.compiler.is_compiling():
         codes = value.to(code_dtype(lo)).flatten(1)

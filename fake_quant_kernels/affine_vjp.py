@@ -23,14 +23,25 @@ from torch import Tensor
 from qat.fake_quant_kernels.affine_encode import scaled
 from qat.fake_quant_kernels.device import clip, rint
 from qat.fake_quant_kernels.dispatch import AotCase, Device, Kernel, Op, tl
-from qat.fake_quant_kernels.rows import chunks, eager_on_cpu, field_of, geometry, grouped, part, places, tile, tiling
+from qat.fake_quant_kernels.rows import (
+    chunks,
+    eager_on_cpu,
+    field_of,
+    geometry,
+    grouped,
+    part,
+    places,
+    spread,
+    tile,
+    tiling,
+)
 
 
 def clamped(value: Tensor, zero: Tensor | None, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
     """`value` [R, G, K/G] between the bounds, in new memory or in `out`; NaN stays NaN."""
     if zero is None:
         return torch.clamp(value, lo, hi, out=out)
-    low, high = (lo - zero).unsqueeze(-1), (hi - zero).unsqueeze(-1)
+    low, high = spread(lo - zero), spread(hi - zero)
     # clamp by tensors takes four times as long
     found = torch.maximum(value, low, out=out)
     return torch.minimum(found, high, out=out)
@@ -147,9 +158,9 @@ def _walk(
             g = g.to(dtype) if wide is None else wide.copy_(g)
         if dscale is not None:
             # not v * inside: a v beyond fp32 is infinite, and infinity times 0 is NaN
-            _add(dscale, rows, terms.addcmul_(clipped, inside, value=-1.0).mul_(g).sum(-1))
+            _add(dscale, rows, terms.addcmul_(clipped, inside, value=-1.0).mul_(g).sum(-1, groups == 1))
         if lost is not None:
-            _add(lost, rows, outside.mul_(g).sum(-1))
+            _add(lost, rows, outside.mul_(g).sum(-1, groups == 1))
         if dw is not None and straight:
             torch.mul(g, inside, out=grouped(part(dw, rows), groups))
         elif dw is not None:
@@ -167,9 +178,9 @@ def _around(lo: int, hi: int) -> tuple[float, float]:
 def _put_hat(hat: Tensor, integers: Tensor, scale: Tensor, minimum: Tensor | None) -> None:
     """Fake-quantized numbers of a chunk, from their codes less zero points [R, G, K/G]."""
     exact = hat.dtype == integers.dtype
-    value = torch.mul(integers, scale.unsqueeze(-1), out=grouped(hat, integers.shape[1]) if exact else None)
+    value = torch.mul(integers, spread(scale), out=grouped(hat, scale.shape[1]) if exact else None)
     if minimum is not None:
-        value += minimum.unsqueeze(-1)
+        value += spread(minimum)
     if not exact:
         hat.copy_(value.view(hat.shape))
 

@@ -12,6 +12,7 @@ The variable is read once, when this module is imported. Triton itself is import
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -88,6 +89,14 @@ def constant(function: Callable[..., Any]) -> Callable[..., Any]:
     assume_constant_result does, without importing the compiler (and Triton with it) just to say so."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def no_grad() -> contextlib.AbstractContextManager[None]:
+    """torch.no_grad(), which is not free, where it changes something."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:

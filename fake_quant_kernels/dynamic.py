@@ -19,14 +19,25 @@ from torch import Tensor
 
 from qat.fake_quant_kernels.affine_encode import affine_encode, put_codes, scaled
 from qat.fake_quant_kernels.device import clip, project, rint, stored
-from qat.fake_quant_kernels.dispatch import AotCase, Device, Kernel, Op, tl
+from qat.fake_quant_kernels.dispatch import AotCase, Device, Kernel, Op, no_grad, tl
 from qat.fake_quant_kernels.fields import absmax_fields as absmax_fields
 from qat.fake_quant_kernels.fields import fields_of_range as fields_of_range
 from qat.fake_quant_kernels.fields import minmax_fields as minmax_fields
 from qat.fake_quant_kernels.fields import range_of as range_of
 from qat.fake_quant_kernels.fields import scale_of_amax as scale_of_amax
 from qat.fake_quant_kernels.fields import zero_of as zero_of
-from qat.fake_quant_kernels.rows import TILE, empty_codes, fp32_chunks, geometry, nibbles, places, rounded, tile
+from qat.fake_quant_kernels.rows import (
+    TILE,
+    eager_on_cpu,
+    empty_codes,
+    fp32_chunks,
+    geometry,
+    nibbles,
+    no_nan,
+    places,
+    rounded,
+    tile,
+)
 from qat.fake_quant_kernels.storage import storage_code
 
 # numbers of the longest group that one program holds
@@ -49,7 +60,8 @@ def _absmax(
     codes, scale = _absmax_fake(w, groups, inv_reach, lo, hi, storage, smallest, largest, packed, poison)
     for rows, x, buffer in fp32_chunks(w):
         s = absmax_fields(x, groups, inv_reach, storage, smallest, largest, poison, buffer)
-        put_codes(scaled(x, s, None, buffer), None, lo, hi, packed, False, codes, rows)
+        finite = poison and eager_on_cpu(w) and s.numel() > 0 and no_nan(s)
+        put_codes(scaled(x, s, None, buffer), None, lo, hi, packed, finite, codes, rows)
         scale[rows] = s
     return codes, scale
 
@@ -356,7 +368,7 @@ def absmax(
     """
     assert signed == (lo < 0)
     how = storage, smallest, largest, packed, poison
-    with torch.no_grad():
+    with no_grad():
         return dynamic_absmax(w, groups, inv_reach, lo, hi, *how)  # type: ignore[no-any-return]
 
 
@@ -380,5 +392,5 @@ def minmax(
     inv_steps is 1 / (hi - lo); float_minimum chooses the minimum; half: the minimum is a number of fp16 too.
     """
     how = storage, smallest, largest, half, float_minimum, packed, poison
-    with torch.no_grad():
+    with no_grad():
         return dynamic_minmax(w, groups, inv_steps, lo, hi, *how)  # type: ignore[no-any-return]

@@ -70,8 +70,14 @@ def no_nan(t: Tensor) -> bool:
 
 
 def grouped(t: Tensor, groups: int) -> Tensor:
-    """Rows [R, K] -> [R, G, K/G], a view where rows are whole: fields [R, G, 1] broadcast over it."""
-    return t.reshape(t.shape[0], groups, t.shape[1] // groups)
+    """Rows [R, K] -> [R, G, K/G], a view where rows are whole, over which fields that are `spread` broadcast; of one
+    group [R, K] as it is."""
+    return t if groups == 1 else t.reshape(t.shape[0], groups, t.shape[1] // groups)
+
+
+def spread(field: Tensor) -> Tensor:
+    """A field [R, G] as it broadcasts over numbers that are `grouped`."""
+    return field if field.shape[1] == 1 else field.unsqueeze(-1)
 
 
 def fp32_chunks(w: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None]]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from qat.fake_quant_kernels.fields import amax_of, scale_of_amax
-from qat.fake_quant_kernels.rows import eager_on_cpu, fp32_chunks, grouped, no_nan
+from qat.fake_quant_kernels.rows import eager_on_cpu, fp32_chunks, grouped, no_nan, spread
 
 # above, 8 s leaves fp16
 _LARGEST = 65504.0 / 8
@@ -63,7 +63,7 @@ def absmax(
     for part, x, buffer in fp32_chunks(w):
         s = scale_of_amax(amax_of(x, groups, buffer), inv_reach, storage, smallest, largest, True)
         scale[part] = s
-        value = torch.mul(grouped(x, groups), s.reciprocal().unsqueeze(-1), out=_grouped(buffer, groups))
+        value = torch.mul(grouped(x, groups), spread(s.reciprocal()), out=_grouped(buffer, groups))
         _put(value, s, lo, hi, rows[part])
     return rows.view(scale.numel(), -1), scale
 
@@ -75,7 +75,7 @@ def encode(w: Tensor, scale: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
     rows = _empty(w, groups)
     for part, x, buffer in fp32_chunks(w):
         s = scale[part]
-        value = torch.mul(grouped(x, groups), s.reciprocal().unsqueeze(-1), out=_grouped(buffer, groups))
+        value = torch.mul(grouped(x, groups), spread(s.reciprocal()), out=_grouped(buffer, groups))
         if not no_nan(value.amax()):
             found = torch.full_like(scale, torch.nan)
         _put(value, s, lo, hi, rows[part])
@@ -93,6 +93,7 @@ def _grouped(buffer: Tensor | None, groups: int) -> Tensor | None:
 
 def _put(value: Tensor, scale: Tensor, lo: int, hi: int, rows: Tensor) -> None:
     """A chunk: w / s fp32 [r, G, n], overwritten, and s [r, G] -> rows [r, G, n/2 + 4]."""
+    value = value.view(*scale.shape, -1)
     half, offset = value.shape[2] // 2, 8 if lo < 0 else 0
     codes = value.new_empty(value.shape, dtype=torch.int8).copy_(value.round_().clamp_(lo, hi))
     # two codes as one little-endian 16-bit number: the upper one moves down by four bits

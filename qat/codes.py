@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from qat.fake_quant_kernels import rowwise4
-from qat.fake_quant_kernels.dispatch import uses_triton
+from qat.fake_quant_kernels.dispatch import no_grad, uses_triton
 from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.quantizers import Quantizer
 from qat.reparam import Reparam
@@ -61,6 +61,8 @@ class CodeCache:
         # the parameters, weights, factors and learned scales, that codes come from
         self._sources: dict[str, dict[int, weakref.ref[Tensor]]] = {}
         self._tokens: dict[str, Any] = {}
+        # fields that no step moves: what they were made of, and they
+        self._fields: dict[str, tuple[Any, Entry]] = {}
         _caches.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -115,9 +117,12 @@ class CodeCache:
         """Whether codes here come from a parameter whose id is among `moved`."""
         return any(i in moved and ref() is not None for refs in self._sources.values() for i, ref in refs.items())
 
-    def forget(self) -> None:
+    def forget(self, stepped: bool = False) -> None:
+        """stepped: nothing but an optimizer's step happened."""
         self.entries.clear()
         self._tokens.clear()
+        if not stepped:
+            self._fields.clear()
 
     def owns(self, key: str, w: Tensor, reparam: Reparam | None) -> bool:
         """Whether codes of w may be kept."""
@@ -146,7 +151,7 @@ class CodeCache:
             make = fields_alone if direct() else quantize
             return make(quantizer, rows_of(w, quantizer, reparam)), PLAIN, False
         if spared and direct():
-            return fields_alone(quantizer, rows_of(w, quantizer, reparam)), PLAIN, True
+            return self._alone(key, w, quantizer, reparam, token[_OF_W:]), PLAIN, True
         if found is None or found[0] is not w or self._tokens.get(key) != token:
             # in inference mode too: they are saved for backward next
             with torch.inference_mode(False):
@@ -154,10 +159,20 @@ class CodeCache:
             self._tokens[key] = token
         return *self.entries[key][1:], True
 
+    def _alone(self, key: str, w: Tensor, quantizer: Quantizer, reparam: Reparam | None, token: Any) -> Entry:
+        """`fields_alone`, once where they are kept and not learned."""
+        if not quantizer.keeps_fields or quantizer.learned():
+            return fields_alone(quantizer, rows_of(w, quantizer, reparam))
+        found = self._fields.get(key)
+        if found is None or found[0] != token:
+            found = self._fields[key] = token, fields_alone(quantizer, rows_of(w, quantizer, reparam))
+        return found[1]
+
     @property
     def nbytes(self) -> int:
-        """Bytes that the entries hold."""
-        return sum(t.nbytes for _, entry, _ in self.entries.values() for t in entry if t is not None)
+        """Bytes that are held."""
+        held = [entry for _, entry, _ in self.entries.values()] + [entry for _, entry in self._fields.values()]
+        return sum(t.nbytes for entry in held for t in entry if t is not None)
 
 
 _caches: weakref.WeakSet[CodeCache] = weakref.WeakSet()
@@ -170,7 +185,7 @@ def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for cache in _caches:
         if cache.comes_from(moved):
             cache.settle()
-            cache.forget()
+            cache.forget(stepped=True)
 
 
 def _steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -198,17 +213,16 @@ def rows_of(w: Tensor, quantizer: Quantizer, reparam: Reparam | None) -> Tensor:
     return quantizer.layout.to_rows(w.detach() if reparam is None else reparam.weight(w, *reparam.factors))
 
 
-@torch.no_grad()
 def quantize(quantizer: Quantizer, w_RK: Tensor, form: str = PLAIN) -> Entry:
     """Codes and fields as the forward uses them."""
     codes, fields = quantizer.quantize(w_RK, quantizer.live_spec, form=form)
     return codes, fields.scale, fields.zero, fields.minimum
 
 
-@torch.no_grad()
 def fields_alone(quantizer: Quantizer, w_RK: Tensor) -> Entry:
     """The fields of `quantize`, of a quantizer that is `direct`."""
-    return None, *quantizer.fields(w_RK)
+    with no_grad():
+        return None, *quantizer.fields(w_RK)
 
 
 def _kept(quantizer: Quantizer, w_RK: Tensor) -> tuple[Entry, str]:
@@ -238,6 +252,10 @@ def bytes_of(spec: QuantSpec, shape: tuple[int, int]) -> int:
     if packs(spec, columns):
         return rows * columns // 2 + 4 * scales * (fields + 1)
     return rows * columns + 4 * scales * fields
+
+
+# parts of a token that are the weight's
+_OF_W = 3
 
 
 def _token(w: Tensor, quantizer: Quantizer, reparam: Reparam | None) -> Any:

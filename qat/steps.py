@@ -184,11 +184,12 @@ def weights_changed(model: nn.Module) -> None:
 
     Until the next change compiled code, too, uses these codes.
     """
-    refresh_codes(model, at_once=False)
+    refresh_codes(model)
 
 
-def refresh_codes(model: nn.Module, at_once: bool) -> None:
-    """`weights_changed`; at_once: compute them now for layers that are not compiled (yet) as well."""
+def refresh_codes(model: nn.Module, at_once: bool = False, stepped: bool = False) -> None:
+    """`weights_changed`; at_once: compute them now for layers that are not compiled (yet) as well; stepped: nothing but
+    an optimizer's step happened."""
     state = require_state(model)
     budget = float("inf") if state.code_cache is True else float(state.code_cache)
     with torch.no_grad():
@@ -196,7 +197,7 @@ def refresh_codes(model: nn.Module, at_once: bool) -> None:
             fold.follow()
     for layer in qat_layers(model).values():
         live = layer._qat
-        live.cache.forget()
+        live.cache.forget(stepped)
         live.cache.enabled = True
         for key, quantizer in weight_quantizers(layer).items():
             weight = layer._parameters.get(key)
@@ -279,7 +280,7 @@ def after_optimizer_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -
             quantizer.restart()
     for layer in qat_layers(model).values():
         layer._qat.cache.settle()
-    weights_changed(model)
+    refresh_codes(model, stepped=True)
     return now
 
 

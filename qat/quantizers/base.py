@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qat.errors import QATError
 from qat.fake_quant_kernels import rowwise4
-from qat.fake_quant_kernels.dispatch import uses_triton
+from qat.fake_quant_kernels.dispatch import no_grad, uses_triton
 from qat.fake_quant_kernels.pack import HALVES, PLAIN, ROWS
 from qat.grids import Gradients
 from qat.layout import Layout
@@ -221,7 +221,6 @@ class Quantizer(nn.Module):
             return layout.from_rows(fake).to(out_dtype or w.dtype)
 
     @final
-    @torch.no_grad()
     def quantize(
         self, w_RK: Tensor, spec: QuantSpec, fields: Fields | None = None, *, form: str = PLAIN
     ) -> tuple[Tensor, Fields]:
@@ -231,6 +230,10 @@ class Quantizer(nn.Module):
         The numbers of `integers`, but a NaN in w shows: its scale is NaN, so that a run that diverged does not go on
         with zeros. `fields` are used where given (of a scale that stays).
         """
+        with no_grad():
+            return self._quantized(w_RK, spec, fields, form)
+
+    def _quantized(self, w_RK: Tensor, spec: QuantSpec, fields: Fields | None, form: str) -> tuple[Tensor, Fields]:
         if fields is None:
             found: tuple[Tensor, Fields] | None = self._under(spec, lambda: self.fused(w_RK, spec, form))
             if found is not None:
@@ -269,14 +272,14 @@ class Quantizer(nn.Module):
         return self.keeps_fields or not uses_triton(device)
 
     @final
-    @torch.no_grad()
     def rounded(
         self, w_RK: Tensor, spec: QuantSpec, dtype: torch.dtype, fields: Fields | None = None, again: bool = False
     ) -> Tensor:
         """The numbers [R, K] in `dtype` that the codes of `quantize` stand for; a NaN in w stays where it is. `fields`
         are used where given. again: see `fake_quant_kernels.affine.decode`."""
-        scale, zero, minimum = self._under(spec, lambda: self.fields(w_RK)) if fields is None else fields
-        return spec.int_grid.rounded(w_RK, scale, zero, minimum, dtype, again)
+        with no_grad():
+            scale, zero, minimum = self._under(spec, lambda: self.fields(w_RK)) if fields is None else fields
+            return spec.int_grid.rounded(w_RK, scale, zero, minimum, dtype, again)
 
     @final
     @torch.no_grad()

@@ -44,9 +44,9 @@ def test_turns_start_with_the_next_each_round() -> None:
     """Mutation: `start = 0`."""
     variants, order = [variant(name, ((9.0,),)) for name in "abc"], []
 
-    def turn(v: Variant) -> list[float]:
+    def turn(v: Variant) -> list[list[float]]:
         order.append(v.tool)
-        return [float(len(order))]
+        return [[float(len(order))]]
 
     common.take_turns(variants, turn, 3)
     assert "".join(order) == "abcbcacab"
@@ -59,6 +59,11 @@ def test_ratios_are_to_the_float_of_the_same_turns() -> None:
     """Mutation: the least of the sums."""
     found = common.ratios([variant("qat", ((1, 4), (3, 2), (3, 6))), variant(FLOAT, ((1, 1), (2, 2), (2, 2)))])
     assert found == {"qat": (1.5, 1.25), FLOAT: (1.0, 1.0)}
+
+
+def test_micro_batches_after_the_first_count_alike() -> None:
+    """Mutation: the first among them."""
+    assert common.least(variant("qat", ((5, 4, 3, 9), (6, 2, 7, 8)))) == 5 + 2 * 2 + 8
 
 
 def test_the_best_peer_of_the_same_family_is_the_measure() -> None:
