@@ -9,8 +9,7 @@ A case is (model, dtype, eager or compiled, accumulation). A step is `accumulati
 then SGD; ours includes `qat.after_optimizer_step`. Time is the process' CPU time; in each round every variant takes one
 turn of some steps: the first of them finds memory as another tool left it. Ratios to `float` are of the sum of the
 least times of each part of a step (`common.least`), and, reported beside, of the median of the steps. `float again` is
-a second float model: the spread. Bytes and host
-reads: benchmarks/memory.py.
+a second float model: the spread. Bytes and host reads: benchmarks/memory.py.
 
 First the gate (benchmarks/schemes.py): with a red one nothing is timed and the exit status is 1. A processor without
 AVX-512 takes some 25 times as long for a product in bf16 as for one in fp32, next to which no quantization shows: the

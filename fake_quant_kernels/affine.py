@@ -35,7 +35,7 @@ from qat.fake_quant_kernels.affine_encode import affine_encode, encode_looking, 
 from qat.fake_quant_kernels.affine_vjp import affine_vjp, clamped, value_of, vjp_over
 from qat.fake_quant_kernels.device import clip, rint
 from qat.fake_quant_kernels.dispatch import AotCase, Kernel, Op, no_grad, tl, uses_triton
-from qat.fake_quant_kernels.rows import chunks, eager_on_cpu, field_of, geometry, part, places, spread, tile, tiling
+from qat.fake_quant_kernels.rows import broadcast, chunks, eager_on_cpu, field_of, geometry, part, places, tile, tiling
 
 
 def _fake_quantize(
@@ -55,17 +55,17 @@ def _fake_quantize(
     out = _fake_quantize_fake(w, scale, zero, minimum, lo, hi, dtype, again)
     wide = torch.promote_types(w.dtype, torch.float32)
     if torch.compiler.is_compiling():
-        value = torch.round(clamped(scaled(w, scale, minimum), zero, lo, hi)) * spread(scale)
-        value = value if minimum is None else value + spread(minimum)
+        value = torch.round(clamped(scaled(w, scale, minimum), zero, lo, hi)) * broadcast(scale)
+        value = value if minimum is None else value + broadcast(minimum)
         return value.reshape(w.shape).to(dtype)
     for rows, (buffer,) in chunks(w, 1):
         s, z, m = part(scale, rows), part(zero, rows), part(minimum, rows)
         here = part(out, rows)
         value = scaled(part(w, rows), s, m, here if dtype == wide else buffer)
         # (q + z) - z is q: integers below 2^24
-        clamped(value, z, lo, hi, value).round_().mul_(spread(s))
+        clamped(value, z, lo, hi, value).round_().mul_(broadcast(s))
         if m is not None:
-            value += spread(m)
+            value += broadcast(m)
         if dtype != wide:
             here.copy_(value.view(here.shape))
     return out
@@ -258,7 +258,7 @@ def vjp(
     return (
         found if ours else dw,
         dscale if need_scale else None,
-        lost * -scale if need_zero and lost is not None else None,
+        lost * -scale if need_zero else None,  # type: ignore[operator]
         lost if need_minimum else None,
     )
 

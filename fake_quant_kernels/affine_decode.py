@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qat.fake_quant_kernels.dispatch import AotCase, Device, Kernel, Op, tl
 from qat.fake_quant_kernels.pack import unpack_halves
-from qat.fake_quant_kernels.rows import chunks, field_of, geometry, grouped, part, places, spread, tile, tiling
+from qat.fake_quant_kernels.rows import broadcast, chunks, field_of, geometry, grouped, part, places, tile, tiling
 
 
 def _decode(
@@ -36,9 +36,9 @@ def _decode(
     """
     if torch.compiler.is_compiling():
         value = grouped(_traced(codes, packed, signed), scale.shape[1])
-        value = value if zero is None else value - spread(zero)
-        value = value * spread(scale)
-        value = value if minimum is None else value + spread(minimum)
+        value = value if zero is None else value - broadcast(zero)
+        value = value * broadcast(scale)
+        value = value if minimum is None else value + broadcast(minimum)
         return value.flatten(1).to(dtype)
     out = _fake(codes, scale, zero, minimum, dtype, packed, signed, again)
     sixteenths = packed and out.device.type == "cpu"
@@ -58,10 +58,10 @@ def _decode(
         (wide if wide.shape == integers.shape else wide.view(integers.shape)).copy_(integers)
         value = grouped(wide, scale.shape[1])
         if zero is not None:
-            value -= spread(part(zero, rows))
-        value *= spread(part(scale, rows))
+            value -= broadcast(part(zero, rows))
+        value *= broadcast(part(scale, rows))
         if minimum is not None:
-            value += spread(part(minimum, rows))
+            value += broadcast(part(minimum, rows))
         if wide is not here:
             here.copy_(wide)
     return out

@@ -17,6 +17,7 @@ from torch import Tensor
 from qat.fake_quant_kernels.dispatch import AotCase, Device, Kernel, Op, tl
 from qat.fake_quant_kernels.pack import pack_halves
 from qat.fake_quant_kernels.rows import (
+    broadcast,
     chunks,
     code_dtype,
     empty_codes,
@@ -28,30 +29,29 @@ from qat.fake_quant_kernels.rows import (
     part,
     places,
     rounded,
-    spread,
     tile,
     tiling,
 )
 
 
 def scaled(w: Tensor, scale: Tensor, minimum: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """The argument of the clamp [R, G, K/G] in new memory or in `out` [R, K]: fp32 (fp64 if w is)."""
+    """The argument of the clamp, `grouped`, in new memory or in `out` [R, K]: fp32 (fp64 if w is)."""
     groups = scale.shape[1]
     wide = w
     if w.dtype not in (torch.float32, torch.float64):
         # a product of mixed dtypes would make this copy as well, in fresh memory
         wide = w.float() if out is None else out.copy_(w)
     blocks, into = grouped(wide, groups), None if out is None else grouped(out, groups)
-    reciprocal = spread(scale.reciprocal())
+    reciprocal = broadcast(scale.reciprocal())
     if minimum is not None:
-        return torch.sub(blocks, spread(minimum), out=into).mul_(reciprocal)
+        return torch.sub(blocks, broadcast(minimum), out=into).mul_(reciprocal)
     return torch.mul(blocks, reciprocal, out=into)
 
 
 def put_codes(
     value: Tensor, zero: Tensor | None, lo: int, hi: int, packed: bool, finite: bool, out: Tensor, rows: slice
 ) -> None:
-    """The codes of a chunk of rows into out[rows], from what `scaled` gave, [R, G, K/G], which is overwritten; finite:
+    """The codes of a chunk of rows into out[rows], from what `scaled` gave, which is overwritten; finite:
     it holds no NaN."""
     # the bounds are integers: rounding first gives the same codes, and a clamp by numbers is the faster one
     value = value.round_()
@@ -61,7 +61,7 @@ def put_codes(
     elif not finite:
         value.nan_to_num_(0.0)
     if zero is not None:
-        value += spread(zero)
+        value += broadcast(zero)
     value.clamp_(lo, hi)
     if torch.compiler.is_compiling():
         codes = value.to(code_dtype(lo)).flatten(1)

@@ -24,6 +24,7 @@ from qat.fake_quant_kernels.affine_encode import scaled
 from qat.fake_quant_kernels.device import clip, rint
 from qat.fake_quant_kernels.dispatch import AotCase, Device, Kernel, Op, tl
 from qat.fake_quant_kernels.rows import (
+    broadcast,
     chunks,
     eager_on_cpu,
     field_of,
@@ -31,17 +32,16 @@ from qat.fake_quant_kernels.rows import (
     grouped,
     part,
     places,
-    spread,
     tile,
     tiling,
 )
 
 
 def clamped(value: Tensor, zero: Tensor | None, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
-    """`value` [R, G, K/G] between the bounds, in new memory or in `out`; NaN stays NaN."""
+    """`value` `grouped` between the bounds, in new memory or in `out`; NaN stays NaN."""
     if zero is None:
         return torch.clamp(value, lo, hi, out=out)
-    low, high = spread(lo - zero), spread(hi - zero)
+    low, high = broadcast(lo - zero), broadcast(hi - zero)
     # clamp by tensors takes four times as long
     found = torch.maximum(value, low, out=out)
     return torch.minimum(found, high, out=out)
@@ -61,7 +61,7 @@ def _vjp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dw [R, K] in the dtype of grad, ds and the lost gradient in the shape of scale; those not needed are empty."""
     found = _fake(grad, w, scale, zero, minimum, lo, hi, need_w, need_scale, need_lost)
-    if zero is None and need_w and not (need_scale or need_lost) and _masks(grad, w, lo, hi):
+    if need_w and not (need_scale or need_lost) and _masks(grad, w, zero, lo, hi):
         _mask(grad, w, scale, minimum, lo, hi, found[0])
     else:
         needs = need_w, need_scale, need_lost
@@ -84,7 +84,7 @@ def vjp_over(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The same in plain torch, with dw in the memory of grad, which is lost; those of fields that are not needed are
     None. hat: memory [R, K] of any float dtype for the fake-quantized numbers, which cost little more here."""
-    if zero is None and need_w and not (need_scale or need_lost) and _masks(grad, w, lo, hi):
+    if need_w and not (need_scale or need_lost) and _masks(grad, w, zero, lo, hi):
         _mask(grad, w, scale, minimum, lo, hi, grad, hat)
         return grad, None, None
     dscale, lost = (torch.empty_like(scale) if need else None for need in (need_scale, need_lost))
@@ -92,10 +92,12 @@ def vjp_over(
     return grad, dscale, lost
 
 
-def _masks(grad: Tensor, w: Tensor, lo: int, hi: int) -> bool:
-    """Whether `_mask` is there for dw alone; without zero points."""
+def _masks(grad: Tensor, w: Tensor, zero: Tensor | None, lo: int, hi: int) -> bool:
+    """Whether `_mask` finds dw alone."""
+    if zero is not None or grad.dtype != torch.float32 or w.dtype == torch.float64:
+        return False
     # beside 0 there are only denormals, which may be switched off
-    return grad.dtype == torch.float32 and w.dtype != torch.float64 and lo < 0 < hi and eager_on_cpu(grad)
+    return lo < 0 < hi and eager_on_cpu(grad)
 
 
 def _mask(
@@ -176,11 +178,11 @@ def _around(lo: int, hi: int) -> tuple[float, float]:
 
 
 def _put_hat(hat: Tensor, integers: Tensor, scale: Tensor, minimum: Tensor | None) -> None:
-    """Fake-quantized numbers of a chunk, from their codes less zero points [R, G, K/G]."""
+    """Fake-quantized numbers of a chunk, from their codes less zero points `grouped`."""
     exact = hat.dtype == integers.dtype
-    value = torch.mul(integers, spread(scale), out=grouped(hat, scale.shape[1]) if exact else None)
+    value = torch.mul(integers, broadcast(scale), out=grouped(hat, scale.shape[1]) if exact else None)
     if minimum is not None:
-        value += spread(minimum)
+        value += broadcast(minimum)
     if not exact:
         hat.copy_(value.view(hat.shape))
 

@@ -70,13 +70,13 @@ def no_nan(t: Tensor) -> bool:
 
 
 def grouped(t: Tensor, groups: int) -> Tensor:
-    """Rows [R, K] -> [R, G, K/G], a view where rows are whole, over which fields that are `spread` broadcast; of one
-    group [R, K] as it is."""
+    """Rows [R, K] -> [R, G, K/G], a view where rows are whole, over which `broadcast` fields go; of one group [R, K] as
+    it is."""
     return t if groups == 1 else t.reshape(t.shape[0], groups, t.shape[1] // groups)
 
 
-def spread(field: Tensor) -> Tensor:
-    """A field [R, G] as it broadcasts over numbers that are `grouped`."""
+def broadcast(field: Tensor) -> Tensor:
+    """A field [R, G] as it goes over numbers that are `grouped`."""
     return field if field.shape[1] == 1 else field.unsqueeze(-1)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from qat.fake_quant_kernels.fields import amax_of, scale_of_amax
-from qat.fake_quant_kernels.rows import eager_on_cpu, fp32_chunks, grouped, no_nan, spread
+from qat.fake_quant_kernels.rows import broadcast, eager_on_cpu, fp32_chunks, grouped, no_nan
 
 # above, 8 s leaves fp16
 _LARGEST = 65504.0 / 8
@@ -60,11 +60,11 @@ def absmax(
     """w [R, K] that `fits` -> (rows, scale fp32 [R, G]), a scale of NaN where a group holds one. Rows count if the
     scales are held."""
     rows, scale = _empty(w, groups), w.new_empty((w.shape[0], groups), dtype=torch.float32)
-    for part, x, buffer in fp32_chunks(w):
+    for at, x, buffer in fp32_chunks(w):
         s = scale_of_amax(amax_of(x, groups, buffer), inv_reach, storage, smallest, largest, True)
-        scale[part] = s
-        value = torch.mul(grouped(x, groups), spread(s.reciprocal()), out=_grouped(buffer, groups))
-        _put(value, s, lo, hi, rows[part])
+        scale[at] = s
+        value = torch.mul(grouped(x, groups), broadcast(s.reciprocal()), out=_grouped(buffer, groups))
+        _put(value, s, lo, hi, rows[at])
     return rows.view(scale.numel(), -1), scale
 
 
@@ -73,12 +73,12 @@ def encode(w: Tensor, scale: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
     the scales are held."""
     groups, found = scale.shape[1], scale
     rows = _empty(w, groups)
-    for part, x, buffer in fp32_chunks(w):
-        s = scale[part]
-        value = torch.mul(grouped(x, groups), spread(s.reciprocal()), out=_grouped(buffer, groups))
+    for at, x, buffer in fp32_chunks(w):
+        s = scale[at]
+        value = torch.mul(grouped(x, groups), broadcast(s.reciprocal()), out=_grouped(buffer, groups))
         if not no_nan(value.amax()):
             found = torch.full_like(scale, torch.nan)
-        _put(value, s, lo, hi, rows[part])
+        _put(value, s, lo, hi, rows[at])
     return rows.view(scale.numel(), -1), found
 
 
@@ -92,7 +92,7 @@ def _grouped(buffer: Tensor | None, groups: int) -> Tensor | None:
 
 
 def _put(value: Tensor, scale: Tensor, lo: int, hi: int, rows: Tensor) -> None:
-    """A chunk: w / s fp32 [r, G, n], overwritten, and s [r, G] -> rows [r, G, n/2 + 4]."""
+    """A chunk: w / s fp32, r G n numbers, overwritten, and s [r, G] -> rows [r, G, n/2 + 4]."""
     value = value.view(*scale.shape, -1)
     half, offset = value.shape[2] // 2, 8 if lo < 0 else 0
     codes = value.new_empty(value.shape, dtype=torch.int8).copy_(value.round_().clamp_(lo, hi))

@@ -11,6 +11,8 @@ does it at the end of a step, because compiled code only reads `entries`.
 Where one forward and its backward are all that a weight is used for between two steps, a CPU rounds it in both sooner
 than it makes codes (`CodeCache.once`, `qat.layers.rounds_directly`); in a graph, which rounds in one pass, always.
 
+Fields that are kept and not learned (fixed scales) outlive optimizer steps, and nothing else of the above.
+
 A weight whose storage comes and goes (FSDP, ZeRO-3) or that is not the layer's own Parameter (`functional_call`) has no
 codes here: its layer quantizes anew in forward and backward, and keeps nothing that is as large as the weight.
 """
@@ -45,6 +47,7 @@ class CodeCache:
     """The codes of one layer's weights; `entries` is all that compiled code reads.
 
     enabled   codes may be kept (False: the memory budget of `qat.prepare(..., code_cache=)` is spent)
+    entries   codes and fields, until a weight changes or anything that they were made of
     once      a weight is used by one forward and its backward before it changes, until a step shows otherwise: on a
               CPU, making codes for them takes longer than rounding twice
     """
@@ -139,34 +142,41 @@ class CodeCache:
         reparam: Reparam | None,
         direct: Callable[[], bool] = lambda: False,
     ) -> tuple[Entry, str, bool]:
-        """(codes and fields, their form, whether they are kept); eager mode only. direct: codes are not asked for.
+        """(codes and fields, their form, whether they are kept); eager mode only. direct(): codes can be done
+        without.
 
         Whether there are codes is the same in all forwards with gradients between two changes: a recomputed one has to
         save what the first one saved."""
-        token, found = _token(w, quantizer, reparam), self.entries.get(key)
-        spared = self.spared(w) and torch.is_grad_enabled()
-        if found is not None and found[0] is w and not spared and self._tokens.get(key) == token:
-            return found[1], found[2], True
+        found, spared = self.entries.get(key), self.spared(w) and torch.is_grad_enabled()
+        held = found if found is not None and found[0] is w else None
+        if held and not spared and self._tokens.get(key) == _token(w, quantizer, reparam):
+            return held[1], held[2], True
         if not self.owns(key, w, reparam):
             make = fields_alone if direct() else quantize
             return make(quantizer, rows_of(w, quantizer, reparam)), PLAIN, False
         if spared and direct():
-            return self._alone(key, w, quantizer, reparam, token[_OF_W:]), PLAIN, True
-        if found is None or found[0] is not w or self._tokens.get(key) != token:
+            return self._alone(key, w, quantizer), PLAIN, True
+        token = _token(w, quantizer, reparam)
+        if held is None or self._tokens.get(key) != token:
             # in inference mode too: they are saved for backward next
             with torch.inference_mode(False):
                 self.entries[key] = (w, *_kept(quantizer, rows_of(w, quantizer, reparam)))
             self._tokens[key] = token
         return *self.entries[key][1:], True
 
-    def _alone(self, key: str, w: Tensor, quantizer: Quantizer, reparam: Reparam | None, token: Any) -> Entry:
+    def _alone(self, key: str, w: Tensor, quantizer: Quantizer) -> Entry:
         """`fields_alone`, once where they are kept and not learned."""
+        w_RK = rows_of(w, quantizer, None)
         if not quantizer.keeps_fields or quantizer.learned():
-            return fields_alone(quantizer, rows_of(w, quantizer, reparam))
-        found = self._fields.get(key)
-        if found is None or found[0] != token:
-            found = self._fields[key] = token, fields_alone(quantizer, rows_of(w, quantizer, reparam))
-        return found[1]
+            return fields_alone(quantizer, w_RK)
+        token = _settings(quantizer)
+        if key not in self._fields or self._fields[key][0] != token:
+            with torch.inference_mode(False):
+                _, scale, zero, minimum = fields_alone(quantizer, w_RK)
+                # they may be views of what is kept
+                own = [t if t is None else t.clone() for t in (zero, minimum)]
+                self._fields[key] = token, (None, scale.clone(), *own)  # type: ignore[assignment]
+        return self._fields[key][1]
 
     @property
     def nbytes(self) -> int:
@@ -254,23 +264,16 @@ def bytes_of(spec: QuantSpec, shape: tuple[int, int]) -> int:
     return rows * columns + 4 * scales * fields
 
 
-# parts of a token that are the weight's
-_OF_W = 3
-
-
 def _token(w: Tensor, quantizer: Quantizer, reparam: Reparam | None) -> Any:
     """Changes with the weight, its place, its factors, and all that the quantizer reads."""
+    factors = () if reparam is None else tuple((id(t), _version(t)) for t in reparam.factors)
+    return w.data_ptr(), w.dtype, _version(w), factors, _settings(quantizer)
+
+
+def _settings(quantizer: Quantizer) -> Any:
+    """Changes with all that the quantizer reads beside a weight."""
     states = [*quantizer._parameters.values(), *quantizer._buffers.values()]
-    if reparam is not None:
-        states += reparam.factors
-    return (
-        w.data_ptr(),
-        w.dtype,
-        _version(w),
-        quantizer.live_spec,
-        quantizer.frozen,
-        tuple((id(t), _version(t)) for t in states if t is not None),
-    )
+    return quantizer.live_spec, quantizer.frozen, tuple((id(t), _version(t)) for t in states if t is not None)
 
 
 def _version(t: Tensor) -> int:

@@ -1,4 +1,5 @@
-"""QAT layers: the user's module with its class swapped in place, one autograd node per call (`qat.node`).
+"""QAT layers: the user's module with its class swapped in place, one autograd node per call (`qat.node`,
+`qat.linear_node`).
 
     y = op(x_hat, w_hat),  w_hat = quantizer(w),  x_hat = input_quantizer(x)
 
@@ -25,7 +26,7 @@ from qat.fake_quant_kernels import int8_linear
 from qat.fake_quant_kernels.dispatch import uncompiled
 from qat.fake_quant_kernels.pack import PLAIN
 from qat.linear_node import QuantizedLinear, Way
-from qat.node import Call, QuantizedLayer, inside, kept_in_graph, no_autocast, product_of
+from qat.node import Call, QuantizedLayer, inside, kept_in_graph, no_autocast, product_kind
 from qat.ops import ConvOp, EmbeddingOp, ExpertsOp, LayerOp, LinearOp, random_state
 from qat.qtensor import Fields
 from qat.quantizers import Quantizer
@@ -232,7 +233,7 @@ def _quantized(layer: QATLayer, live: Live, args: tuple[Any, ...], kwargs: dict[
                 slot, entry = _weight(layer, live, key, w, quantizer, dtype)
                 slots.append(slot)
                 quantized += entry
-        product = product_of(op, live.blend, x_slot, x_quantized, slots[0], quantized, dtype) if live.real else ""
+        product = product_kind(op, live.blend, x_slot, x_quantized, slots[0], quantized, dtype) if live.real else ""
         random = random_state(layer) if op.replays else None
         backward, seeds = "float", None
         if live.backward != "float" and live.blend is None and live.in_training(layer):
@@ -262,7 +263,7 @@ def _plain(layer: QATLayer, live: Live) -> Quantizer | None:
         multiplied = live.real and not (x_quantizer.live_spec.is_int and _idle(layer, live))
         if multiplied or not x_quantizer.identity_gradient:
             return None
-    # a tied one is no child
+    # as `weight_quantizers` finds it, in less time; a tied one is no child
     found = modules.get("weight_quantizer") or layer.__dict__.get("weight_quantizer")
     # learned scales that are frozen are to stay in the graph
     return found if isinstance(found, Quantizer) and not (found.frozen and found.learned()) else None
@@ -280,9 +281,7 @@ def _linear(layer: QATLayer, live: Live, quantizer: Quantizer, args: tuple[Any, 
         op: LinearOp = live.op  # type: ignore[assignment]
         x, bias = op.inputs(layer, args, kwargs)
         w: Tensor = layer.weight  # type: ignore[assignment]
-        device, dtype = w.device.type, w.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        device, dtype = w.device.type, _compute_dtype(op, (x, bias), [w])
         live.latent_dtype, live.out_dtype = w.dtype, dtype
         with no_autocast(device):
             x_slot, x_quantized = _input(layer, live, x)

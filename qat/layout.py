@@ -93,7 +93,7 @@ class Layout:
         return columns if self.order is None else torch.empty_like(columns).index_copy_(-1, self.order, columns)
 
     def to_rows(self, w: Tensor) -> Tensor:
-        """`shape` -> `[R, K]`; a view where the memory order allows it."""
+        """`shape` -> `[R, K]`; w itself where it is its own rows, a view where the memory order allows it."""
         if self.order is None and self.kind in _MATRICES:
             return w
         permutation = self._permutation()

@@ -1,4 +1,5 @@
-"""The autograd node of a linear layer, eager and at full strength, whose input is float or has dynamic scales.
+"""The autograd node of a linear layer (`nn.Linear`, Conv1D of GPT-2) in eager mode, at full strength, whose input is
+float or has dynamic scales.
 
 It computes what `qat.node` computes, and saves the same, in as few calls as that takes: Python between two large matrix
 products finds its caches cold and takes twice its time. All other calls, and graphs, are `qat.node`'s.
@@ -53,7 +54,8 @@ class QuantizedLinear(torch.autograd.Function):
         with no_autocast(w.device.type):
             if x_quantized is None:
                 ctx.save_for_backward(bias, w, *kept, x if learns else None)
-                x_hat = _in(x, dtype)
+                # what is no float was given by mistake, which the product says
+                x_hat = _in(x, dtype) if x.is_floating_point() else x
             else:
                 ctx.x_slot, *x_codes = x_quantized
                 ctx.save_for_backward(bias, w, *kept, *(x_codes if learns else (None,) * 4))

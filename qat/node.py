@@ -1,4 +1,4 @@
-"""The one autograd node of a QAT layer.
+"""The autograd node of a QAT layer; of most linear layers in eager mode it is `qat.linear_node`'s.
 
     y = op(x_hat, w_hat),  w_hat = decode(codes of w),  x_hat = decode(codes of x)
 
@@ -323,7 +323,7 @@ def _integer_gradients(
     return (dx, rows.sum(0) if wanted[1] else None), (dw,)
 
 
-def product_of(
+def product_kind(
     op: LayerOp,
     blend: Tensor | None,
     x_slot: Slot | None,

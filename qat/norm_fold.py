@@ -22,7 +22,7 @@ call checks that the norm gets what its layer gave, and `qat.bypass` and the exp
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -329,15 +329,19 @@ def _folded_class(original: type[nn.Module]) -> Any:
 
 def folds_of(model: nn.Module) -> list[BatchNormFold]:
     """Every fold in a prepared model, by its layer: another library may have replaced the norm."""
-    lives = [m.__dict__["_qat"] for m in model.modules() if "_qat" in m.__dict__]
+    return folds_among(model.modules())
+
+
+def folds_among(modules: Iterable[nn.Module]) -> list[BatchNormFold]:
+    """Every fold of these layers."""
+    lives = [m.__dict__["_qat"] for m in modules if "_qat" in m.__dict__]
     return [reparam for live in lives for reparam in live.reparams.values() if isinstance(reparam, BatchNormFold)]
 
 
 @torch.no_grad()
-def agree_on_statistics(model: nn.Module) -> None:
+def agree_on_statistics(folds: list[BatchNormFold]) -> None:
     """After a step: weights are multiplied with the statistics as they are now, on every rank with those of rank 0,
     which DDP gives to all before the next forward."""
-    folds = folds_of(model)
     if folds and torch.distributed.is_available() and torch.distributed.is_initialized():
         found = [t for fold in folds for t in (fold.norm.running_mean, fold.norm.running_var)]
         joint = torch.cat([t.float() for t in found])

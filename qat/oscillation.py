@@ -18,6 +18,7 @@ Counts are buffers in fixed point, which no cast to another float dtype touches;
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -93,9 +94,15 @@ class Oscillation(nn.Module):
 
 def tracked(model: nn.Module) -> dict[str, tuple[QATLayer, str, Quantizer, Oscillation]]:
     """Parameter name -> where its counts are; a tied weight once."""
+    return _tracked(model.named_modules())
+
+
+def _tracked(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[QATLayer, str, Quantizer, Oscillation]]:
     found: dict[str, tuple[QATLayer, str, Quantizer, Oscillation]] = {}
-    for name, layer in model.named_modules():
-        for key, quantizer in weight_quantizers(layer).items() if isinstance(layer, QATLayer) else ():
+    for name, layer in modules:
+        if not isinstance(layer, QATLayer):
+            continue
+        for key, quantizer in weight_quantizers(layer).items():
             counts = quantizer._modules.get(CHILD)
             # the layer that owns the quantizer; others only refer to it
             if isinstance(counts, Oscillation) and f"{key}_quantizer" in layer._modules:
@@ -125,13 +132,13 @@ def add_counts(quantizer: Quantizer, weight: Tensor) -> None:
 
 
 @torch.no_grad()
-def count_step(model: nn.Module, now: State) -> None:
+def count_step(layers: Mapping[str, QATLayer], now: State) -> None:
     """After an optimizer step, before its codes are computed: move the counts, and put frozen weights onto their codes.
 
     While the quantization is off, or on other bits, there are no codes to follow, and counting begins anew afterwards.
     Raises QATError for sharded weights.
     """
-    for name, (layer, key, quantizer, counts) in tracked(model).items():
+    for name, (layer, key, quantizer, counts) in _tracked(layers.items()).items():
         weight = layer._parameters[key]
         if not stays(weight):
             raise QATError(f"freeze_oscillating needs whole weights, and {name} is sharded; set it to 0")

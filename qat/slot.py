@@ -44,6 +44,7 @@ class Slot:
 
     def like(self, quantizer: Quantizer, spec: QuantSpec, form: str, keep: bool, direct: bool) -> bool:
         """Whether this is the slot of a weight that is quantized so."""
+        # an order of columns is read anew each time
         same = self.quantizer is quantizer and self.spec is spec and self.layout.order is None
         return same and self.form == form and self.keep == keep and self.direct == direct
 

@@ -14,7 +14,7 @@ from qat.batch_norm import hold_batch_norm
 from qat.codes import bytes_of, stays
 from qat.errors import QATError, refuse_if
 from qat.layers import QATLayer, activation_quantizers, layer_quantizers, rounds_directly, weight_quantizers
-from qat.norm_fold import BatchNormFold, agree_on_statistics, dead_reasons, folds_of
+from qat.norm_fold import BatchNormFold, agree_on_statistics, dead_reasons, folds_among
 from qat.oscillation import count_step
 from qat.quantizers import Quantizer
 from qat.recipes import from_dict
@@ -127,7 +127,10 @@ def schedule_of(model: nn.Module) -> Schedule:
 
 def apply_schedule(model: nn.Module, step: int | None = None) -> State:
     """Set what every layer does during optimizer step `step` (default: the model's own count); cheap if unchanged."""
-    state = require_state(model)
+    return _applied(model, require_state(model), step)
+
+
+def _applied(model: nn.Module, state: QATState, step: int | None = None) -> State:
     if step is not None:
         state.record.step = step
     if state.schedule is None:
@@ -140,9 +143,9 @@ def apply_schedule(model: nn.Module, step: int | None = None) -> State:
     if now == state.applied:
         return now
     rules = {row.name: row.weight_rule for row in state.known_plan().rows}
-    prefix = _prefix(model, state)
+    _, prefix, layers = _parts(model)
     blends: dict[torch.device, Tensor] = {}
-    for name, layer in qat_layers(model).items():
+    for name, layer in layers.items():
         live = layer._qat
         live.active, live.blend = now.active, None
         live.cache.forget()
@@ -179,23 +182,27 @@ def holds_from_now(state: QATState) -> bool:
 
 
 def weights_changed(model: nn.Module) -> None:
-    """Say that weights were changed by something else than `torch.optim`, a load, or `qat` (an averaged copy swapped
-    in, an edit through `.data`): their codes are computed anew, at once for compiled layers, else when next used.
+    """Say that weights or kept scales were changed by something else than `torch.optim`, a load, or `qat` (an averaged
+    copy swapped in, an edit through `.data`): codes are computed anew, at once for compiled layers, else when next
+    used.
 
     Until the next change compiled code, too, uses these codes.
     """
     refresh_codes(model)
 
 
-def refresh_codes(model: nn.Module, at_once: bool = False, stepped: bool = False) -> None:
-    """`weights_changed`; at_once: compute them now for layers that are not compiled (yet) as well; stepped: nothing but
-    an optimizer's step happened."""
-    state = require_state(model)
+def refresh_codes(model: nn.Module, at_once: bool = False) -> None:
+    """`weights_changed`; at_once: compute them now for layers that are not compiled (yet) as well."""
+    _refresh(require_state(model), qat_layers(model), at_once)
+
+
+def _refresh(state: QATState, layers: dict[str, QATLayer], at_once: bool = False, stepped: bool = False) -> None:
+    """stepped: nothing but an optimizer's step happened."""
     budget = float("inf") if state.code_cache is True else float(state.code_cache)
     with torch.no_grad():
-        for fold in folds_of(model):
+        for fold in folds_among(layers.values()):
             fold.follow()
-    for layer in qat_layers(model).values():
+    for layer in layers.values():
         live = layer._qat
         live.cache.forget(stepped)
         live.cache.enabled = True
@@ -215,9 +222,16 @@ def refresh_codes(model: nn.Module, at_once: bool = False, stepped: bool = False
                 live.cache.quantized(key, weight, quantizer, live.reparams.get(key))
 
 
-def _prefix(model: nn.Module, state: QATState) -> str:
-    name: str = next(name for name, module in model.named_modules() if module is state)
-    return name[: -len(CHILD)]
+def _parts(model: nn.Module) -> tuple[QATState, str, dict[str, QATLayer]]:
+    """The record of a prepared model, the prefix of the prepared root's names, and `qat_layers`."""
+    found: dict[str, nn.Module] = dict(model.named_modules())
+    name = next((name for name, module in found.items() if isinstance(module, QATState)), None)
+    if name is None:
+        # says what to do
+        require_state(model)
+    assert name is not None
+    layers = {name: module for name, module in found.items() if isinstance(module, QATLayer)}
+    return found[name], name[: -len(CHILD)], layers  # type: ignore[return-value]
 
 
 def _freeze(model: nn.Module, state: QATState, freeze: bool) -> None:
@@ -246,7 +260,8 @@ def after_optimizer_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -
 
     Given the optimizers of a hand-written loop, the first call raises QATError if a learned scale is in none of them.
     """
-    state = require_state(model)
+    # walks over the modules are what takes time here: as few as can be
+    state, prefix, layers = _parts(model)
     require_folded(state)
     if optimizers and not state.checked:
         missing = missing_from(model, optimizers)
@@ -256,7 +271,7 @@ def after_optimizer_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -
                 "qat.prepare(model, recipe), from model.parameters()"
             )
         state.checked = True
-    watching = [q for layer in qat_layers(model).values() for q in activation_quantizers(layer).values()]
+    watching = [q for layer in layers.values() for q in activation_quantizers(layer).values()]
     scratch: list[Tensor] = [q.scratch for q in watching if isinstance(getattr(q, "scratch", None), Tensor)]  # type: ignore[misc]
     if scratch and torch.distributed.is_available() and torch.distributed.is_initialized():
         joint = torch.cat([t.float() for t in scratch])
@@ -265,22 +280,22 @@ def after_optimizer_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -
             t.copy_(agreed)
     for quantizer in watching:
         quantizer.commit()
-    remember_dtypes(model)
-    before = apply_schedule(model)
+    _remember(state, qat_layers(prepared_root(model)) if prefix else layers)
+    before = _applied(model, state)
     if state.record.step == 0:
         refuse_if(dead_reasons(model), "batch_norm.fold", QATError)
     if not before.freeze_batch_norm:
-        agree_on_statistics(model)
-    count_step(model, before)
-    now = apply_schedule(model, state.record.step + 1)
+        agree_on_statistics(folds_among(layers.values()))
+    count_step(layers, before)
+    now = _applied(model, state, state.record.step + 1)
     if now.active and not before.active:
         # a delayed start: the scales are searched on the weights of this moment, not on those of step 0
         initialize(model, force=True)
         for quantizer in watching:
             quantizer.restart()
-    for layer in qat_layers(model).values():
+    for layer in layers.values():
         layer._qat.cache.settle()
-    refresh_codes(model, stepped=True)
+    _refresh(state, layers, stepped=True)
     return now
 
 
@@ -330,8 +345,11 @@ def forget_observed(model: nn.Module) -> None:
 
 def remember_dtypes(model: nn.Module) -> None:
     """Write the dtypes of the last quantized forward into the record, for export from a checkpoint."""
-    state = require_state(model)
-    for name, layer in qat_layers(prepared_root(model)).items():
+    _remember(require_state(model), qat_layers(prepared_root(model)))
+
+
+def _remember(state: QATState, layers: dict[str, QATLayer]) -> None:
+    for name, layer in layers.items():
         live = layer._qat
         if live.out_dtype is not None and live.latent_dtype is not None:
             state.record.dtypes[name] = [str(live.latent_dtype)[6:], str(live.out_dtype)[6:]]

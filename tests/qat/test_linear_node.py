@@ -1,7 +1,7 @@
 """The node of linear layers in eager mode gives what the general one gives, and keeps no more.
 
-Mutations: no cast of x in backward; `dws` of `pulled` left out; x kept where its codes are; `keep` not looked at;
-`_plain` without `blend`, without `frozen`: each turns a test red.
+Mutations: an x of integers cast; no cast of x in backward; `dws` of `pulled` left out; x kept where its codes are;
+`keep` not looked at; `_plain` without `blend`, without `frozen`: each turns a test red.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import qat
 from qat import layers
@@ -29,6 +31,8 @@ RULES: dict[str, dict[str, Any]] = {
     "w8a8": {"weight": {"bits": 8, "granularity": "channel", "quantizer": "mse"}, "input": TOKEN},
 }
 
+HOW = ("bias", "no bias", "frozen weight", "replaced weight", "no cache", "bf16", "Conv1D", "checkpointed")
+
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
@@ -44,7 +48,9 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield calls
 
 
-def _steps(model: nn.Module, batches: list[Tensor], autocast: bool) -> tuple[list[Tensor], list[int]]:
+def _steps(
+    model: nn.Module, batches: list[Tensor], autocast: bool, checkpointed: bool
+) -> tuple[list[Tensor], list[int]]:
     """Outputs and gradients of optimizer steps of two micro-batches, one and one; the bytes that each forward saves."""
     optimizer, found, sizes = torch.optim.SGD(model.parameters(), lr=1e-2), [], []
     saved: dict[int, int] = {}
@@ -58,7 +64,7 @@ def _steps(model: nn.Module, batches: list[Tensor], autocast: bool) -> tuple[lis
             x = batch.clone().requires_grad_()
             hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
             with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                y = model(x)
+                y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
             sizes.append(sum(saved.values()))
             saved.clear()
             y.float().square().sum().backward()
@@ -71,7 +77,7 @@ def _steps(model: nn.Module, batches: list[Tensor], autocast: bool) -> tuple[lis
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-@pytest.mark.parametrize("how", ["bias", "no bias", "frozen weight", "replaced weight", "no cache", "bf16"])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", RULES)
 def test_same_numbers_and_bytes_as_the_general_node(
     name: str, how: str, autocast: bool, recipe: Build, used: list[int], monkeypatch: pytest.MonkeyPatch
@@ -80,9 +86,11 @@ def test_same_numbers_and_bytes_as_the_general_node(
     for general in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(32, 24, bias=how != "no bias"), nn.GELU(), nn.Linear(24, 16))
+        if how == "Conv1D":
+            model[0] = Conv1D(24, 32)
         if how == "bf16":
             model = model.bfloat16()
-        chosen = recipe(rules={"all": {"types": ["Linear"], **RULES[name]}})
+        chosen = recipe(rules={"all": {"types": ["Linear", "Conv1D"], **RULES[name]}})
         qat.prepare(model, chosen, code_cache=how != "no cache", real=False)
         qat.initialize(model)
         qat.apply_schedule(model, 0)
@@ -96,7 +104,7 @@ def test_same_numbers_and_bytes_as_the_general_node(
             if general:
                 patch.setattr(layers, "_plain", lambda *_: None)
             used.clear()
-            found.append(_steps(model, batches, autocast))
+            found.append(_steps(model, batches, autocast, how == "checkpointed"))
             assert bool(used) is not general
     (ours, bytes_ours), (theirs, bytes_theirs) = found
     assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
@@ -119,3 +127,11 @@ def test_a_ramp_and_frozen_scales_are_the_general_nodes(recipe: Build, used: lis
         optimizer.zero_grad()
         now = qat.after_optimizer_step(model, optimizer)
     assert seen == expected and set(seen) == {False, True}
+
+
+def test_an_input_of_integers_is_refused_as_by_torch(recipe: Build, used: list[int]) -> None:
+    model = nn.Sequential(nn.Linear(4, 2))
+    qat.prepare(model, recipe(types=["Linear"]))
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model(torch.ones(3, 4, dtype=torch.int64))
+    assert used
