@@ -4,7 +4,7 @@
 # make lint    ruff and mypy
 # make docs    tables and picture of README and docs/ from benchmarks/results/*.json
 # make formats the tests of all formats; what they proved: benchmarks/results/formats.json and docs/formats.md
-# make bench-cpu   QAT step over float step, beside other libraries, one thread: benchmarks/results/cpu-*.json (45 minutes)
+# make bench-cpu   QAT step over float step, beside other libraries, one thread: benchmarks/results/cpu-*.json (an hour)
 # make bench-quality   KL to the float model beside GPTQ and other libraries' QAT: benchmarks/results/quality.json (60
 #              minutes on two cores; BENCH_ARGS=--quick: 5 minutes, fewer methods, no file unless --out names one)
 # make bench-gpu   kernels and Llama steps on one GPU, with nothing but torch and triton: benchmarks/results/gpu-*.json

@@ -1,6 +1,6 @@
 """QAT step over float step on one CPU thread, ours and other libraries' side by side.
 
-    python -m benchmarks.cpu                       everything, about 45 minutes -> benchmarks/results/cpu-avx512.json
+    python -m benchmarks.cpu                       everything, about an hour -> benchmarks/results/cpu-avx512.json
                                                    (or named after what the processor has instead)
     python -m benchmarks.cpu --only 'block fp32'   the cases whose name contains this; nothing is written without --out
     python -m benchmarks.cpu --dry-run             all of the code in tiny sizes; nothing is written without --out
@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="QAT step over float step on one CPU thread.")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--rounds", type=int, help="of every case, instead of its own number")
-    parser.add_argument("--minutes", type=float, default=50.0, help="no case is begun later, rounds under way are cut")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no case is begun later, rounds under way are cut")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: does all of the code run?")
     parser.add_argument("--out", type=Path, help="file to write")
     options = parser.parse_args(arguments)
