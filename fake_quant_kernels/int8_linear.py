@@ -75,11 +75,10 @@ def int_mm_is_exact() -> bool:
 @constant
 def _cpu_reason(sixteen_bits: bool) -> str:
     """Why integer codes do not pay on this CPU at any size; empty if they do."""
-    # the quickest to ask first: eager layers ask in every call
-    if not torch.cpu._is_vnni_supported():
-        return f"this CPU ({platform.machine()}) has no AVX512-VNNI: integer matmuls are inexact or slow there"
     if not _has_onednn():
         return "torch has no oneDNN here or it is switched off (torch.backends.mkldnn.enabled)"
+    if not torch.cpu._is_vnni_supported():
+        return f"this CPU ({platform.machine()}) has no AVX512-VNNI: integer matmuls are inexact or slow there"
     if not _exact():
         return "torch._int_mm is not exact here: oneDNN was told to leave VNNI alone (ONEDNN_MAX_CPU_ISA)"
     if sixteen_bits and torch.cpu._is_amx_tile_supported():
