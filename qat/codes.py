@@ -11,8 +11,6 @@ does it at the end of a step, because compiled code only reads `entries`.
 Where one forward and its backward are all that a weight is used for between two steps, a CPU rounds it in both sooner
 than it makes codes (`CodeCache.once`, `qat.layers.rounds_directly`); in a graph, which rounds in one pass, always.
 
-Fields that are kept and not learned (fixed scales) outlive optimizer steps, and nothing else of the above.
-
 A weight whose storage comes and goes (FSDP, ZeRO-3) or that is not the layer's own Parameter (`functional_call`) has no
 codes here: its layer quantizes anew in forward and backward, and keeps nothing that is as large as the weight.
 """
@@ -64,8 +62,6 @@ class CodeCache:
         # the parameters, weights, factors and learned scales, that codes come from
         self._sources: dict[str, dict[int, weakref.ref[Tensor]]] = {}
         self._tokens: dict[str, Any] = {}
-        # fields that no step moves: what they were made of, and they
-        self._fields: dict[str, tuple[Any, Entry]] = {}
         _caches.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -120,12 +116,9 @@ class CodeCache:
         """Whether codes here come from a parameter whose id is among `moved`."""
         return any(i in moved and ref() is not None for refs in self._sources.values() for i, ref in refs.items())
 
-    def forget(self, stepped: bool = False) -> None:
-        """stepped: nothing but an optimizer's step happened."""
+    def forget(self) -> None:
         self.entries.clear()
         self._tokens.clear()
-        if not stepped:
-            self._fields.clear()
 
     def owns(self, key: str, w: Tensor, reparam: Reparam | None) -> bool:
         """Whether codes of w may be kept."""
@@ -155,7 +148,7 @@ class CodeCache:
             make = fields_alone if direct() else quantize
             return make(quantizer, rows_of(w, quantizer, reparam)), PLAIN, False
         if spared and direct():
-            return self._alone(key, w, quantizer), PLAIN, True
+            return fields_alone(quantizer, rows_of(w, quantizer, reparam)), PLAIN, True
         token = _token(w, quantizer, reparam)
         if held is None or self._tokens.get(key) != token:
             # in inference mode too: they are saved for backward next
@@ -164,25 +157,10 @@ class CodeCache:
             self._tokens[key] = token
         return *self.entries[key][1:], True
 
-    def _alone(self, key: str, w: Tensor, quantizer: Quantizer) -> Entry:
-        """`fields_alone`, once where they are kept and not learned."""
-        w_RK = rows_of(w, quantizer, None)
-        if not quantizer.keeps_fields or quantizer.learned():
-            return fields_alone(quantizer, w_RK)
-        token = _settings(quantizer)
-        if key not in self._fields or self._fields[key][0] != token:
-            with torch.inference_mode(False):
-                _, scale, zero, minimum = fields_alone(quantizer, w_RK)
-                # they may be views of what is kept
-                own = [t if t is None else t.clone() for t in (zero, minimum)]
-                self._fields[key] = token, (None, scale.clone(), *own)  # type: ignore[assignment]
-        return self._fields[key][1]
-
     @property
     def nbytes(self) -> int:
-        """Bytes that are held."""
-        held = [entry for _, entry, _ in self.entries.values()] + [entry for _, entry in self._fields.values()]
-        return sum(t.nbytes for entry in held for t in entry if t is not None)
+        """Bytes that the entries hold."""
+        return sum(t.nbytes for _, entry, _ in self.entries.values() for t in entry if t is not None)
 
 
 _caches: weakref.WeakSet[CodeCache] = weakref.WeakSet()
@@ -195,7 +173,7 @@ def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for cache in _caches:
         if cache.comes_from(moved):
             cache.settle()
-            cache.forget(stepped=True)
+            cache.forget()
 
 
 def _steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -266,14 +244,17 @@ def bytes_of(spec: QuantSpec, shape: tuple[int, int]) -> int:
 
 def _token(w: Tensor, quantizer: Quantizer, reparam: Reparam | None) -> Any:
     """Changes with the weight, its place, its factors, and all that the quantizer reads."""
-    factors = () if reparam is None else tuple((id(t), _version(t)) for t in reparam.factors)
-    return w.data_ptr(), w.dtype, _version(w), factors, _settings(quantizer)
-
-
-def _settings(quantizer: Quantizer) -> Any:
-    """Changes with all that the quantizer reads beside a weight."""
     states = [*quantizer._parameters.values(), *quantizer._buffers.values()]
-    return quantizer.live_spec, quantizer.frozen, tuple((id(t), _version(t)) for t in states if t is not None)
+    if reparam is not None:
+        states += reparam.factors
+    return (
+        w.data_ptr(),
+        w.dtype,
+        _version(w),
+        quantizer.live_spec,
+        quantizer.frozen,
+        tuple((id(t), _version(t)) for t in states if t is not None),
+    )
 
 
 def _version(t: Tensor) -> int:

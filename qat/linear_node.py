@@ -75,8 +75,8 @@ class QuantizedLinear(torch.autograd.Function):
         dws: tuple[Tensor | None, ...] = (None,) * 4
         with inside(), no_autocast(grad.device.type):
             grad = grad.to(dtype)
-            if need_bias or need_w or any(need_fields):
-                learns = need_w or any(need_fields)
+            learns = need_w or any(need_fields)
+            if need_bias or learns:
                 x_hat = None
                 if learns:
                     x_slot = ctx.x_slot

@@ -27,12 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.codes import packs
-from qat.fake_quant_kernels import fp8_linear as fp8
-from qat.fake_quant_kernels import int8_linear as int8
+from qat.fake_quant_kernels import fp8_linear, int8_linear
 from qat.fake_quant_kernels.dispatch import uses_triton
-from qat.fake_quant_kernels.fp8_linear import fp8_linear
 from qat.fake_quant_kernels.int8_gradients import int8_dgrad, int8_wgrad
-from qat.fake_quant_kernels.int8_linear import int8_linear
 from qat.ops import LayerOp, LinearOp, Tensors, no_view, replayed
 from qat.quantizers import Quantizer
 from qat.slot import Latents, Slot
@@ -292,9 +289,9 @@ def _product(call: Call, inputs: Tensors, x_quantized: Tensors, w_quantized: Ten
     x_codes, x_scale, x_zero, _ = x_quantized
     w_codes, w_scale, _, _ = w_quantized
     if call.product == "fp8":
-        y = fp8_linear(x_codes, x_scale, w_codes, w_scale, bias, call.dtype)  # type: ignore[arg-type]
+        y = fp8_linear.fp8_linear(x_codes, x_scale, w_codes, w_scale, bias, call.dtype)  # type: ignore[arg-type]
     else:
-        y = int8_linear(x_codes, x_scale, w_codes, w_scale, bias, call.dtype, x_zero)  # type: ignore[arg-type]
+        y = int8_linear.int8_linear(x_codes, x_scale, w_codes, w_scale, bias, call.dtype, x_zero)  # type: ignore[arg-type]
     return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]
 
 
@@ -350,9 +347,9 @@ def product_kind(
     if packed or asymmetric or w_slot.undo or scale.shape[1] != 1 or x_scale.shape[1] != 1:
         return ""
     if x_slot.spec.is_int and w_slot.spec.is_int:
-        return "" if int8.reasons(x_codes, codes, dtype, x_zero is not None) else "int8"
+        return "" if int8_linear.reasons(x_codes, codes, dtype, x_zero is not None) else "int8"
     if x_slot.spec.kind == w_slot.spec.kind == "e4m3":
-        return "" if fp8.reasons(x_codes, codes, dtype) else "fp8"
+        return "" if fp8_linear.reasons(x_codes, codes, dtype) else "fp8"
     return ""
 
 

@@ -182,9 +182,8 @@ def holds_from_now(state: QATState) -> bool:
 
 
 def weights_changed(model: nn.Module) -> None:
-    """Say that weights or kept scales were changed by something else than `torch.optim`, a load, or `qat` (an averaged
-    copy swapped in, an edit through `.data`): codes are computed anew, at once for compiled layers, else when next
-    used.
+    """Say that weights were changed by something else than `torch.optim`, a load, or `qat` (an averaged copy swapped
+    in, an edit through `.data`): their codes are computed anew, at once for compiled layers, else when next used.
 
     Until the next change compiled code, too, uses these codes.
     """
@@ -196,15 +195,14 @@ def refresh_codes(model: nn.Module, at_once: bool = False) -> None:
     _refresh(require_state(model), qat_layers(model), at_once)
 
 
-def _refresh(state: QATState, layers: dict[str, QATLayer], at_once: bool = False, stepped: bool = False) -> None:
-    """stepped: nothing but an optimizer's step happened."""
+def _refresh(state: QATState, layers: dict[str, QATLayer], at_once: bool) -> None:
     budget = float("inf") if state.code_cache is True else float(state.code_cache)
     with torch.no_grad():
         for fold in folds_among(layers.values()):
             fold.follow()
     for layer in layers.values():
         live = layer._qat
-        live.cache.forget(stepped)
+        live.cache.forget()
         live.cache.enabled = True
         for key, quantizer in weight_quantizers(layer).items():
             weight = layer._parameters.get(key)
@@ -295,7 +293,7 @@ def after_optimizer_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -
             quantizer.restart()
     for layer in layers.values():
         layer._qat.cache.settle()
-    _refresh(state, layers, stepped=True)
+    _refresh(state, layers, at_once=False)
     return now
 
 

@@ -394,24 +394,3 @@ def test_what_a_second_prepare_does_not_say_stays(recipe: Any) -> None:
     qat.prepare(model, recipe(rules={"all": GRIDS["absmax"]}))
     model(torch.randn(5, 16))
     assert not any(layer._qat.cache.nbytes or layer._qat.real for layer in qat_layers(model).values())
-
-
-def test_fixed_scales_are_read_once(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until something else than a step happens, or they are changed. Mutations: `_fields` without its token; `forget`
-    that spares it always."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 8, bias=False))
-    qat.prepare(model, recipe(types=["Linear"], quantizer="mse"))
-    quantizer: Any = model[0].weight_quantizer
-    found, calls = type(quantizer).qparams, []
-    monkeypatch.setattr(type(quantizer), "qparams", lambda self, w: calls.append(1) or found(self, w))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(3):
-        model(torch.randn(4, 16)).square().sum().backward()
-        optimizer.step()
-        qat.after_optimizer_step(model, optimizer)
-    assert len(calls) == 1
-    quantizer.start_scale.data.mul_(2.0)
-    qat.weights_changed(model)
-    held = model(torch.eye(16)).T
-    assert len(calls) == 2 and torch.equal(held.detach(), quantizer(model[0].weight).detach())
