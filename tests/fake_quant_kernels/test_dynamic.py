@@ -33,6 +33,7 @@ from qat.fake_quant_kernels.dynamic import (
     minmax_fields,
     zero_of,
 )
+from qat.fake_quant_kernels.pack import unpack_halves
 from qat.fake_quant_kernels.storage import project, project_minimum, storage_code
 
 # name -> storage, smallest, largest, half
@@ -240,3 +241,15 @@ def test_compiled_equals_eager() -> None:
     compiled = torch.compile(everything, fullgraph=True)(w)
     for index, (one, other) in enumerate(zip(everything(w), compiled, strict=True)):
         assert one.dtype == other.dtype and torch.equal(one, other), index
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_codes_of_a_group_with_nan_are_those_of_0(packed: bool) -> None:
+    """Mutation: `finite = True` in `_absmax` (a NaN becomes 128)."""
+    w = torch.rand(3, 64)
+    w[1, 5] = torch.nan
+    hi = 15 if packed else 255
+    codes, scale = absmax(w, 2, 1.0 / hi, 0, hi, torch.float32, 1e-30, 1e30, False, packed, poison=True)
+    codes = unpack_halves(codes, False).reshape(3, 64) if packed else codes
+    assert bool((codes[1, :32] == 0).all()) and bool((codes[[0, 2]] > 0).any())
+    assert torch.equal(scale.isnan(), torch.tensor([[False, False], [True, False], [False, False]]))

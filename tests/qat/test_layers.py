@@ -27,6 +27,7 @@ import qat
 from qat.fake_quant_kernels.affine import encode
 from qat.layers import QATLayer, swapped_class, weight_quantizers
 from qat.quantizers import Quantizer
+from qat.state import require_state
 
 Op = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -385,3 +386,15 @@ def test_a_class_with_a_forward_of_its_own_is_left_alone(recipe: Any) -> None:
         "own": "its forward is its own",
         "std": "its forward is its own",
     }
+
+
+def test_dtypes_of_a_layer_alone_are_recorded(recipe: Any) -> None:
+    """A prepared root that is a layer itself, in a wrapper (as DDP is). Mutation: in `after_optimizer_step` layers by
+    the prefix of the root's children."""
+    layer = nn.Linear(8, 4)
+    qat.prepare(layer, recipe(types=["Linear"]))
+    wrapper = nn.ModuleDict({"module": layer})
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(2, 8)).sum().backward()
+    qat.after_optimizer_step(wrapper)
+    assert require_state(layer).record.dtypes == {"": ["float32", "bfloat16"]}
